@@ -1,0 +1,87 @@
+"""Cross-entropy and log-probabilities through the output layer by chunks of rows: no [rows, vocabulary] tensor is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 512  # rows: logits of a chunk stay in the cache, and a matrix product of this height runs near its peak
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Σ weight·nll with the gradient made in the forward pass, so that each chunk's logits are made once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        total = hidden.new_zeros(())
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = F.linear(hidden[rows], weight).float()
+            logp = torch.log_softmax(logits, dim=-1)
+            total -= (logp.gather(1, targets[rows, None])[:, 0] * weights[rows]).sum()
+            grad = logp.exp_()
+            grad.scatter_add_(1, targets[rows, None], grad.new_full((grad.shape[0], 1), -1.0))
+            grad.mul_(weights[rows, None])
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i weights_i · (−log softmax(hidden_i · weightᵀ)[targets_i]).
+
+    hidden [rows, d], weight [V, d], targets [rows], weights [rows]: for a mean over N tokens of the whole batch, give
+    1/N for tokens in the loss (the global count, not each micro-batch's own). Returns a scalar.
+    """
+    return _CrossEntropy.apply(hidden, weight, targets, weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LogProbs(torch.autograd.Function):
+    """log-probabilities whose backward makes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        out = hidden.new_empty(hidden.shape[0])
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = F.linear(hidden[rows], weight).float() / temperature
+            out[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden, weight, targets = ctx.saved_tensors
+        (grad_out,) = grads
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            p = torch.softmax(F.linear(hidden[rows], weight).float() / ctx.temperature, dim=-1).neg_()
+            p.scatter_add_(1, targets[rows, None], p.new_ones((p.shape[0], 1)))
+            p.mul_(grad_out[rows, None] / ctx.temperature)
+            p = p.to(hidden.dtype)
+            torch.mm(p, weight, out=grad_hidden[rows])
+            grad_weight.addmm_(p.t(), hidden[rows])
+        return grad_hidden, grad_weight, None, None
+
+
+def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden · weightᵀ / temperature) at the targets: [rows, d], [V, d], [rows] → [rows].
+
+    The temperature divides logits everywhere a policy is asked (sampling, ratio, KL), as in Ziegler et al. 2019.
+    """
+    return _LogProbs.apply(hidden, weight, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]

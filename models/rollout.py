@@ -1,0 +1,297 @@
+"""Generation: continuous batching over a fixed number of slots, one random stream a request, and scoring of given answers.
+
+Every decode step runs at the same width whatever the load, and each prompt is read alone, so a request's text depends
+on its prompt, sampling settings and seed, not on its batch mates (promised per width, device kind and thread count).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.losses import log_probs
+from models.transformer import Block, Layout, Transformer, packed_layout, rotate
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how. top_k = 0 and top_p = 1 switch those filters off; temperature 0 is greedy."""
+
+    id: str
+    prompt: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token. logprob is of the distribution that was sampled; finish_reason is None until the last."""
+
+    request_id: str
+    id: int
+    logprob: float
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished continuation: ids (with the stop token when it was sampled), their log-probabilities, why it ended."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class _Slot:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.draws = np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens)
+        self.made = 0
+
+
+class Engine:
+    """Slots for `width` requests: finished rows leave, waiting prompts enter."""
+
+    def __init__(self, model: Transformer, *, stop_id: int, width: int = 32) -> None:
+        if width < 1:
+            raise ValueError(f"width must be at least 1, not {width}")
+        self.model, self.stop_id, self.width = model.eval(), stop_id, width
+        c = model.config
+        device = model.embedding.weight.device
+        shape = (c.num_hidden_layers, width, c.num_key_value_heads, c.context_length, c.head_dim)
+        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.tokens = torch.zeros(width, dtype=torch.long)
+        self.lengths = torch.zeros(width, dtype=torch.long)
+        self.slots: list[_Slot | None] = [None] * width
+        self.waiting: deque[Request] = deque()
+        self.device = device
+        self.weights = _transposed(model)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is under way."""
+        return bool(self.waiting) or any(self.slots)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ValueError when its prompt is empty or leaves no room in the context."""
+        if not 1 <= len(request.prompt) < self.model.config.context_length:
+            raise ValueError(
+                f"the prompt has {len(request.prompt)} tokens; 1 to {self.model.config.context_length - 1} fit the context"
+            )
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+        self.waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, waiting or under way."""
+        self.waiting = deque(r for r in self.waiting if r.id != request_id)
+        self.slots = [None if s and s.request.id == request_id else s for s in self.slots]
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Admit waiting prompts into free slots, then sample one token for every request under way."""
+        out = []
+        for row in range(self.width):
+            while self.slots[row] is None and self.waiting:
+                out.append(self._admit(row, self.waiting.popleft()))
+        if any(self.slots):
+            out += self._sample(self._decode(), [row for row, slot in enumerate(self.slots) if slot])
+        return out
+
+    def _admit(self, row: int, request: Request) -> Token:
+        """Read the prompt alone, keep its keys and values, sample the first token."""
+        n = len(request.prompt)
+        prompt = torch.tensor(request.prompt, device=self.device)
+        hidden, cache = self.model.forward_with_cache(prompt, packed_layout([n], self.device))
+        for layer, (k, v) in enumerate(cache):
+            self.keys[layer, row, :, :n] = k.transpose(0, 1)
+            self.values[layer, row, :, :n] = v.transpose(0, 1)
+        self.slots[row], self.lengths[row] = _Slot(request), n
+        logits = self.model.logits(hidden[-1:])
+        return self._sample(logits, [row], first=True)[0]
+
+    def _decode(self) -> Tensor:
+        """One step at full width: [width] tokens → logits [width, V]. Idle rows compute and are ignored."""
+        c, at = self.model.config, self.lengths.to(self.device)
+        x = self.model.embedding(self.tokens.to(self.device))
+        cos, sin = self.model.cos[at], self.model.sin[at]
+        hidden_keys = torch.arange(c.context_length, device=self.device)[None, :] > at[:, None]
+        mask = torch.zeros(hidden_keys.shape, device=self.device).masked_fill_(hidden_keys, float("-inf"))[:, None, None]
+        rows = torch.arange(self.width, device=self.device)
+        for layer, block in enumerate(self.model.blocks):
+            x = self._decode_block(block, layer, x, cos, sin, mask, rows, at)
+        self.lengths += torch.tensor([slot is not None for slot in self.slots])
+        return self.model.norm(x) @ self.weights[-1][0]
+
+    def _decode_block(
+        self, block: Block, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, rows: Tensor, at: Tensor
+    ) -> Tensor:
+        a, w = block.attention, self.weights[layer]
+        qkv = (block.attention_norm(x) @ w[0]).view(self.width, -1, a.head_dim)
+        q, k = rotate(qkv[:, : a.heads + a.kv_heads], cos, sin).split([a.heads, a.kv_heads], dim=1)
+        self.keys[layer, rows, :, at] = k
+        self.values[layer, rows, :, at] = qkv[:, a.heads + a.kv_heads :]
+        q = q.reshape(self.width, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
+        scores = q @ self.keys[layer].transpose(-1, -2) * a.head_dim**-0.5 + mask
+        y = (scores.softmax(-1) @ self.values[layer]).reshape(self.width, -1)
+        x = x + y @ w[1]
+        gate, up = (block.mlp_norm(x) @ w[2]).chunk(2, dim=-1)
+        return x + (F.silu(gate) * up) @ w[3]
+
+    def _sample(self, logits: Tensor, rows: list[int], first: bool = False) -> list[Token]:
+        """Sample for the given rows (of full-width logits, or of one row when first) and free what has ended."""
+        live = [(row, slot) for row in rows if (slot := self.slots[row])]
+        if not first and len(rows) < self.width:
+            logits = logits[rows]
+        ids, logprobs = _draw(logits, [slot for _, slot in live])
+        out = []
+        for (row, slot), id, logprob in zip(live, ids, logprobs, strict=True):
+            slot.made += 1
+            room = self.model.config.context_length - len(slot.request.prompt) - slot.made
+            reason = "stop" if id == self.stop_id else None
+            if reason is None and (slot.made >= slot.request.max_new_tokens or room < 1):
+                reason = "length"
+            self.tokens[row] = id
+            if reason:
+                self.slots[row] = None
+                self.lengths[row] = 0
+            out.append(Token(slot.request.id, id, logprob, reason))
+        return out
+
+
+def _transposed(model: Transformer) -> list[list[Tensor]]:
+    """Weights as [in, out], made once a rollout: several rows times [in, out] runs faster on a CPU than [out, in]."""
+    layers = [[b.attention.qkv, b.attention.o, b.gate_up, b.down] for b in model.blocks]
+    out = [[linear.weight.detach().t().contiguous() for linear in layer] for layer in layers]
+    return [*out, [model.head_weight.detach().t().contiguous()]]
+
+
+def _draw(logits: Tensor, slots: Sequence[_Slot]) -> tuple[list[int], list[float]]:
+    """Inverse-CDF sampling with each request's own number: logits [rows, V] → ids and log-probabilities."""
+    requests = [slot.request for slot in slots]
+    temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
+    greedy = temperature == 0
+    logp = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)
+    if any(r.top_k or r.top_p < 1 for r in requests):
+        logp = torch.stack([_filter(row, r) for row, r in zip(logp, requests, strict=True)])
+    cumulative = logp.double().exp().cumsum(-1)
+    numbers = torch.tensor([slot.draws[slot.made] for slot in slots], device=logits.device, dtype=torch.float64)
+    ids = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
+    ids = torch.where(greedy, logp.argmax(-1), ids.clamp_max(logits.shape[-1] - 1))
+    chosen = logp.gather(1, ids[:, None])[:, 0].masked_fill(greedy, 0.0)
+    return ids.tolist(), chosen.tolist()
+
+
+def _filter(logp: Tensor, request: Request) -> Tensor:
+    """Keep the top_k and the smallest set that holds top_p of the probability (Holtzman et al. 2020); renormalise."""
+    ordered, order = logp.sort(descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if request.top_k:
+        keep[request.top_k :] = False
+    if request.top_p < 1:
+        before = ordered.exp().cumsum(0) - ordered.exp()
+        keep &= before < request.top_p
+    out = torch.full_like(logp, float("-inf"))
+    out[order[keep]] = ordered[keep]
+    return torch.log_softmax(out, dim=-1)
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    width: int = 64,
+) -> list[Answer]:
+    """Continue every prompt, `width` at a time; seeds[i] drives prompt i. Raises ValueError as Engine.submit does."""
+    engine = Engine(model, stop_id=stop_id, width=width)
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        engine.submit(Request(str(i), prompt, max_new_tokens, temperature, top_p, top_k, seed))
+    tokens: list[list[Token]] = [[] for _ in prompts]
+    while engine.busy:
+        for token in engine.step():
+            tokens[int(token.request_id)].append(token)
+    return [Answer([t.id for t in ts], [t.logprob for t in ts], ts[-1].finish_reason or "") for ts in tokens]
+
+
+@torch.inference_mode()
+def sequence_logprobs(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    tokens_per_batch: int = 4096,
+) -> list[list[float]]:
+    """log π(answer token | prompt, earlier answer tokens) for every answer token; nothing is sampled.
+
+    prompts and answers: ids, each not empty. Returns one list an answer. Raises ValueError past the context length.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    out: list[list[float]] = [[] for _ in prompts]
+    device = model.embedding.weight.device
+    start = 0
+    while start < len(order):
+        stop, longest = start, 0
+        while stop < len(order):
+            longest = max(longest, len(prompts[order[stop]]) + len(answers[order[stop]]))
+            if stop > start and longest * (stop - start + 1) > tokens_per_batch:
+                break
+            stop += 1
+        batch = order[start:stop]
+        flat = flatten([prompts[i] for i in batch], [answers[i] for i in batch], device)
+        hidden = model(flat.tokens, flat.layout)[flat.rows]
+        values = log_probs(hidden, model.head_weight, flat.targets, temperature).tolist()
+        at = 0
+        for i in batch:
+            out[i] = values[at : at + len(answers[i])]
+            at += len(answers[i])
+        start = stop
+    return out
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Prompts and answers end to end: tokens [N] (each answer's last token has no successor and is left out of the
+    input), rows [A] where an answer token is predicted, targets [A] that token."""
+
+    tokens: Tensor
+    layout: Layout
+    rows: Tensor
+    targets: Tensor
+
+
+def flatten(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str) -> Flat:
+    """Lay prompts with their answers end to end, for one forward pass that predicts every answer token."""
+    tokens: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = len(tokens) + len(prompt) - 1
+        tokens += prompt
+        tokens += answer[:-1]
+        rows += range(start, start + len(answer))
+        targets += answer
+        lengths.append(len(prompt) + len(answer) - 1)
+    to = torch.device(device)
+    return Flat(
+        torch.tensor(tokens, device=to),
+        packed_layout(lengths, to),
+        torch.tensor(rows, device=to),
+        torch.tensor(targets, device=to),
+    )

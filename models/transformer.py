@@ -1,0 +1,179 @@
+"""The decoder: RMSNorm, RoPE, SwiGLU and causal attention over sequences laid end to end without padding.
+
+Notation: N tokens of all sequences end to end, B sequences, T the longest, d hidden size, H heads, K key-value heads,
+D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How N tokens laid end to end group into B sequences.
+
+    positions: [N] place of each token in its sequence; last: [B] index of each sequence's last token.
+    When lengths differ, attention alone looks at a padded [B, T] view: gather [B·T] takes tokens there (pads take
+    token 0; being to the right, no real query sees them under the causal mask), scatter [N] takes them back.
+    """
+
+    rows: int
+    longest: int
+    positions: Tensor
+    last: Tensor
+    gather: Tensor | None
+    scatter: Tensor | None
+
+
+def dense_layout(rows: int, length: int, device: torch.device | str = "cpu") -> Layout:
+    """B = rows sequences of equal length: no gathering is needed."""
+    positions = torch.arange(length, device=device).repeat(rows)
+    last = torch.arange(1, rows + 1, device=device) * length - 1
+    return Layout(rows, length, positions, last, None, None)
+
+
+def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+    """Sequences of the given lengths (each at least 1), end to end."""
+    if len(set(lengths)) == 1:
+        return dense_layout(len(lengths), lengths[0], device)
+    sizes = torch.tensor(lengths)
+    rows, longest, total = len(lengths), int(sizes.max()), int(sizes.sum())
+    ends = sizes.cumsum(0)
+    starts = ends - sizes
+    positions = torch.arange(total) - torch.repeat_interleave(starts, sizes)
+    row = torch.repeat_interleave(torch.arange(rows), sizes)
+    scatter = row * longest + positions
+    gather = torch.zeros(rows * longest, dtype=torch.long)
+    gather[scatter] = torch.arange(total)
+    to = torch.device(device)
+    return Layout(rows, longest, positions.to(to), (ends - 1).to(to), gather.to(to), scatter.to(to))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (Su et al. 2021, halves as in Hugging Face's Llama): x [N, heads, D], cos and sin [N, 1, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads that share K key-value heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.o = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d] → rotated q [N, H, D], rotated k [N, K, D], v [N, K, D]."""
+        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
+        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d] → output [N, d], and the keys and values [N, K, D] that a cache keeps."""
+        q, k, v = self.project(x, cos, sin)
+        group = self.heads // self.kv_heads
+
+        def spread(t: Tensor, repeat: int) -> Tensor:
+            flat = t if layout.gather is None else t.index_select(0, layout.gather)
+            t = flat.view(layout.rows, layout.longest, t.shape[1], self.head_dim)
+            return (t if repeat == 1 else t.repeat_interleave(repeat, dim=2)).transpose(1, 2)
+
+        y = F.scaled_dot_product_attention(spread(q, 1), spread(k, group), spread(v, group), is_causal=True)
+        y = y.transpose(1, 2).reshape(layout.rows * layout.longest, -1)
+        if layout.scatter is not None:
+            y = y.index_select(0, layout.scatter)
+        return self.o(y), k, v
+
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each after RMSNorm and added to the residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU (Shazeer 2020): x [N, d] → [N, d]."""
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d] → [N, d], keys and values."""
+        y, k, v = self.attention(self.attention_norm(x), cos, sin, layout)
+        x = x + y
+        return x + self.mlp(x), k, v
+
+
+class Transformer(nn.Module):
+    """The decoder without its output layer: token ids → hidden states. `head_weight` is the output layer's [V, d]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), config.rope_theta**-half)
+        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
+        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output layer's weight [V, d]: the embedding itself when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def initialize(self, generator: torch.Generator) -> Transformer:
+        """Random weights: normal(0, 0.02), the residual projections scaled by 1/sqrt(2·layers) (GPT-2)."""
+        scale = (2 * self.config.num_hidden_layers) ** -0.5
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    shrink = scale if name.endswith(("attention.o.weight", "down.weight")) else 1.0
+                    parameter.normal_(0.0, 0.02 * shrink, generator=generator)
+        return self
+
+    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """tokens [N] → hidden states [N, d] after the last norm. Raises ValueError past the context length."""
+        return self.forward_with_cache(tokens, layout)[0]
+
+    def forward_with_cache(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As forward, with each layer's keys and values [N, K, D]."""
+        if layout.longest > self.config.context_length:
+            raise ValueError(f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}")
+        cos, sin = self.cos[layout.positions], self.sin[layout.positions]
+        x = self.embedding(tokens)
+        cache = []
+        for block in self.blocks:
+            x, k, v = block(x, cos, sin, layout)
+            cache.append((k, v))
+        return self.norm(x), cache
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., d] → logits [..., V]. Take few rows: training goes through models.losses by chunks."""
+        return F.linear(hidden, self.head_weight)
