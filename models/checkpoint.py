@@ -51,7 +51,9 @@ def from_huggingface(config: ModelConfig, tensors: dict[str, Tensor]) -> Transfo
     expected = to_huggingface(model)
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
-        raise ValueError(f"weights do not fit config.json: missing {sorted(missing)[:3]}, not known {sorted(extra)[:3]}")
+        raise ValueError(
+            f"weights do not fit config.json: missing {sorted(missing)[:3]}, not known {sorted(extra)[:3]}"
+        )
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, config.json asks for {list(tensor.shape)}")

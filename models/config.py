@@ -22,7 +22,9 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError("hidden_size must be an even multiple of num_attention_heads (RoPE turns pairs of numbers)")
+            raise ValueError(
+                "hidden_size must be an even multiple of num_attention_heads (RoPE turns pairs of numbers)"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         for name in ("num_hidden_layers", "intermediate_size", "max_position_embeddings"):

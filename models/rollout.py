@@ -18,6 +18,8 @@ from torch import Tensor
 from models.losses import log_probs
 from models.transformer import Block, Layout, Transformer, packed_layout, rotate
 
+SPAN = 32  # attention looks at this many keys or a multiple: what is masked adds exact zeros, so the bits do not change
+
 
 @dataclass(frozen=True)
 class Request:
@@ -122,10 +124,13 @@ class Engine:
     def _decode(self) -> Tensor:
         """One step at full width: [width] tokens → logits [width, V]. Idle rows compute and are ignored."""
         c, at = self.model.config, self.lengths.to(self.device)
+        span = min(c.context_length, -(-(int(self.lengths.max()) + 1) // SPAN) * SPAN)
         x = self.model.embedding(self.tokens.to(self.device))
         cos, sin = self.model.cos[at], self.model.sin[at]
-        hidden_keys = torch.arange(c.context_length, device=self.device)[None, :] > at[:, None]
-        mask = torch.zeros(hidden_keys.shape, device=self.device).masked_fill_(hidden_keys, float("-inf"))[:, None, None]
+        hidden_keys = torch.arange(span, device=self.device)[None, :] > at[:, None]
+        mask = torch.zeros(hidden_keys.shape, device=self.device).masked_fill_(hidden_keys, float("-inf"))[
+            :, None, None
+        ]
         rows = torch.arange(self.width, device=self.device)
         for layer, block in enumerate(self.model.blocks):
             x = self._decode_block(block, layer, x, cos, sin, mask, rows, at)
@@ -141,8 +146,9 @@ class Engine:
         self.keys[layer, rows, :, at] = k
         self.values[layer, rows, :, at] = qkv[:, a.heads + a.kv_heads :]
         q = q.reshape(self.width, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-        scores = q @ self.keys[layer].transpose(-1, -2) * a.head_dim**-0.5 + mask
-        y = (scores.softmax(-1) @ self.values[layer]).reshape(self.width, -1)
+        span = mask.shape[-1]
+        scores = q @ self.keys[layer, :, :, :span].transpose(-1, -2) * a.head_dim**-0.5 + mask
+        y = (scores.softmax(-1) @ self.values[layer, :, :, :span]).reshape(self.width, -1)
         x = x + y @ w[1]
         gate, up = (block.mlp_norm(x) @ w[2]).chunk(2, dim=-1)
         return x + (F.silu(gate) * up) @ w[3]
@@ -183,10 +189,12 @@ def _draw(logits: Tensor, slots: Sequence[_Slot]) -> tuple[list[int], list[float
     logp = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)
     if any(r.top_k or r.top_p < 1 for r in requests):
         logp = torch.stack([_filter(row, r) for row, r in zip(logp, requests, strict=True)])
-    cumulative = logp.double().exp().cumsum(-1)
+    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
     numbers = torch.tensor([slot.draws[slot.made] for slot in slots], device=logits.device, dtype=torch.float64)
     ids = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
-    ids = torch.where(greedy, logp.argmax(-1), ids.clamp_max(logits.shape[-1] - 1))
+    ids = ids.clamp_max(logits.shape[-1] - 1)
+    if greedy.any():
+        ids = torch.where(greedy, logp.argmax(-1), ids)
     chosen = logp.gather(1, ids[:, None])[:, 0].masked_fill(greedy, 0.0)
     return ids.tolist(), chosen.tolist()
 

@@ -39,7 +39,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn merges from texts. Raises ValueError when vocab_size cannot hold the 256 bytes and the special tokens."""
         if vocab_size < 256 + len(SPECIAL):
-            raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens need room")
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens need room"
+            )
         inner = tokenizers.Tokenizer(BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         inner.decoder = decoders.ByteLevel()

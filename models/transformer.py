@@ -165,7 +165,9 @@ class Transformer(nn.Module):
     def forward_with_cache(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """As forward, with each layer's keys and values [N, K, D]."""
         if layout.longest > self.config.context_length:
-            raise ValueError(f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}")
+            raise ValueError(
+                f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}"
+            )
         cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         x = self.embedding(tokens)
         cache = []

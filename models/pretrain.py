@@ -1,0 +1,139 @@
+"""Pretraining: next-token prediction on windows of the text stream. The base model completes text."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.checkpoint import save_model
+from models.config import ModelConfig, ModelOptions
+from models.job import Job
+from models.losses import cross_entropy
+from models.optim import Optimizer, learning_rate
+from models.tokenizer import Tokenizer
+from models.training import Checkpoints, Curves, finish, stream, torch_generator
+from models.transformer import Transformer, dense_layout
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context."""
+
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    checkpoint_every: int = 50
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+
+
+@torch.inference_mode()
+def stream_loss(model: Transformer, tokens: np.ndarray, limit: int | None = None) -> tuple[float, int]:
+    """Mean nll in nats a token over a token stream cut into windows of the context, and how many tokens were predicted.
+
+    Raises ValueError when the stream holds no whole window.
+    """
+    length = model.config.context_length
+    windows = (len(tokens) - 1) // length
+    windows = windows if limit is None else min(windows, limit)
+    if windows < 1:
+        raise ValueError(f"held-out text has {len(tokens)} tokens, fewer than one context of {length}: give more text")
+    device = model.embedding.weight.device
+    total = 0.0
+    for start in range(0, windows, 16):
+        rows = min(16, windows - start)
+        part = torch.from_numpy(tokens[start * length : (start + rows) * length + 1].astype(np.int64)).to(device)
+        hidden = model(part[:-1], dense_layout(rows, length, device))
+        ones = torch.ones(rows * length, device=device)
+        total += float(cross_entropy(hidden, model.head_weight, part[1:], ones))
+    return total / (windows * length), windows * length
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The stage body: artifacts/tokenize → model/, metrics.json, curves.csv. Raises ValueError for too little text."""
+    options, shape = job.options("pretrain", PretrainOptions), job.options("model", ModelOptions)
+    folder = job.input("artifacts/tokenize")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
+    heldout = np.load(folder / "pretrain.heldout.npy", mmap_mode="r")
+    config = ModelConfig.from_options(shape, tokenizer.vocab_size)
+    length = config.context_length
+    if len(tokens) <= length:
+        raise ValueError(
+            f"pretraining text has {len(tokens)} tokens, fewer than one context of {length}: give more text"
+        )
+    model = Transformer(config).initialize(torch_generator(job.seed, "weights")).to(job.device)
+    optimizer = Optimizer(model, weight_decay=options.weight_decay)
+    curves, checkpoints = Curves(job, options.steps), Checkpoints(job.work / "checkpoints")
+    first, skipped = 0, 0
+    if state := checkpoints.load():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, curves.rows, skipped = state["step"], state["curve"], state["skipped"]
+        job.resumed(first)
+
+    layout = dense_layout(options.batch_size, length, job.device)
+    weights = torch.full((options.batch_size * length,), 1 / (options.batch_size * length), device=job.device)
+    model.train()
+    clock, seen = time.perf_counter(), 0
+    for step in range(first, options.steps):
+        # 1. a batch of windows, at places that depend on seed and step alone
+        starts = stream(job.seed, "windows", step).integers(0, len(tokens) - length, options.batch_size)
+        windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(
+            job.device
+        )
+        # 2. loss and gradient
+        hidden = model(windows[:, :-1].reshape(-1), layout)
+        loss = cross_entropy(hidden, model.head_weight, windows[:, 1:].reshape(-1), weights)
+        loss.backward()
+        # 3. the step
+        rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
+        norm, taken = optimizer.step(rate, options.clip_norm)
+        skipped += not taken
+        seen += windows.shape[0] * length
+        # 4. records
+        done = step + 1
+        if done % options.log_every == 0 or done == options.steps:
+            speed = seen / (time.perf_counter() - clock)
+            clock, seen = time.perf_counter(), 0
+            curves.log(
+                done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
+            )
+        if done % options.checkpoint_every == 0 or done == options.steps:
+            checkpoints.save(
+                done,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "curve": curves.rows,
+                    "skipped": skipped,
+                },
+            )
+
+    model.eval()
+    nll, _ = stream_loss(model, heldout, limit=256)
+    metrics = {
+        "heldout_loss": nll,
+        "heldout_perplexity": math.exp(nll),
+        "parameters": config.parameter_count(),
+        "tokens_seen": options.steps * options.batch_size * length,
+        "skipped_steps": skipped,
+    }
+    card = "# thumbwheel base model\n\nPretrained from random weights on the workspace's text. It completes; it does not chat."
+    save_model(model, job.output / "model", tokenizer, card)
+    finish(job, curves, metrics)
+    return metrics

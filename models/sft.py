@@ -1,0 +1,164 @@
+"""Supervised fine-tuning: the base model learns to answer, from conversations laid end to end without padding."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoint import load_model, save_model
+from models.corpus import Sequences
+from models.job import Job
+from models.losses import cross_entropy
+from models.optim import Optimizer, learning_rate
+from models.tokenizer import Tokenizer
+from models.training import Checkpoints, Curves, batches, finish
+from models.transformer import Layout, Transformer, packed_layout
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs."""
+
+    steps: int = 500
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    checkpoint_every: int = 50
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations end to end: tokens [N], their layout, rows [A] that predict a learned token, targets [A] that token."""
+
+    tokens: Tensor
+    layout: Layout
+    rows: Tensor
+    targets: Tensor
+
+
+def collate(data: Sequences, indices: Sequence[int], device: str) -> Batch:
+    """Lay conversations end to end. Each sequence's last token is left out of the input: it has no successor."""
+    tokens: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths = []
+    for i in sorted(indices, key=lambda i: int(data.offsets[i + 1] - data.offsets[i])):
+        ids, mask, start = data[i], data.mask(i), len(tokens)
+        tokens += ids[:-1]
+        lengths.append(len(ids) - 1)
+        for at in range(1, len(ids)):
+            if mask[at]:
+                rows.append(start + at - 1)
+                targets.append(ids[at])
+    to = torch.device(device)
+    return Batch(
+        torch.tensor(tokens, device=to),
+        packed_layout(lengths, to),
+        torch.tensor(rows, device=to),
+        torch.tensor(targets, device=to),
+    )
+
+
+def sft_loss(model: Transformer, batch: Batch, tokens_in_step: int) -> Tensor:
+    """Σ nll over the learned tokens / tokens_in_step (the count over the whole step, however it is cut)."""
+    hidden = model(batch.tokens, batch.layout).index_select(0, batch.rows)
+    weights = torch.full_like(batch.targets, 1.0, dtype=torch.float32) / tokens_in_step
+    return cross_entropy(hidden, model.head_weight, batch.targets, weights)
+
+
+@torch.inference_mode()
+def answer_loss(model: Transformer, data: Sequences, device: str, limit: int = 1000) -> float:
+    """Mean nll in nats over the learned tokens of the first `limit` conversations."""
+    total, count = 0.0, 0
+    for start in range(0, min(limit, len(data)), 64):
+        batch = collate(data, range(start, min(start + 64, limit, len(data))), device)
+        total += float(sft_loss(model, batch, 1))
+        count += len(batch.targets)
+    return total / count
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The stage body: artifacts/pretrain/model + artifacts/tokenize → model/, metrics.json, curves.csv."""
+    options = job.options("sft", SFTOptions)
+    folder = job.input("artifacts/tokenize")
+    base = job.input("artifacts/pretrain/model")
+    tokenizer, model = Tokenizer.load(base), load_model(base, job.device)
+    data, heldout = Sequences.load(folder / "sft.train.npz"), Sequences.load(folder / "sft.heldout.npz")
+    if not len(data) or not len(heldout):
+        raise ValueError(
+            f"SFT has {len(data)} conversations to learn and {len(heldout)} held out: each needs at least one"
+        )
+    optimizer = Optimizer(model, weight_decay=options.weight_decay)
+    curves, checkpoints = Curves(job, options.steps), Checkpoints(job.work / "checkpoints")
+    first, skipped = 0, 0
+    if state := checkpoints.load():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, curves.rows, skipped = state["step"], state["curve"], state["skipped"]
+        job.resumed(first)
+
+    per_epoch = math.ceil(len(data) / options.batch_size)
+    model.train()
+    clock, seen = time.perf_counter(), 0
+    order: list[Any] = []
+    for step in range(first, options.steps):
+        # 1. the step's conversations: every one once an epoch, in an order of that epoch's own
+        if not order or step % per_epoch == 0:
+            order = batches(len(data), options.batch_size, job.seed, step // per_epoch)
+        batch = collate(data, order[step % per_epoch].tolist(), job.device)
+        # 2. loss on the assistant's tokens, and its gradient
+        loss = sft_loss(model, batch, len(batch.targets))
+        loss.backward()
+        # 3. the step
+        rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
+        norm, taken = optimizer.step(rate, options.clip_norm)
+        skipped += not taken
+        seen += len(batch.tokens)
+        # 4. records
+        done = step + 1
+        if done % options.log_every == 0 or done == options.steps:
+            speed = seen / (time.perf_counter() - clock)
+            clock, seen = time.perf_counter(), 0
+            curves.log(
+                done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
+            )
+        if done % options.checkpoint_every == 0 or done == options.steps:
+            checkpoints.save(
+                done,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "curve": curves.rows,
+                    "skipped": skipped,
+                },
+            )
+
+    model.eval()
+    nll = answer_loss(model, heldout, job.device)
+    metrics = {
+        "heldout_loss": nll,
+        "heldout_perplexity": math.exp(nll),
+        "conversations": len(data),
+        "epochs": options.steps / per_epoch,
+        "skipped_steps": skipped,
+    }
+    card = "# thumbwheel SFT model\n\nFine-tuned on conversations; loss on the assistant's tokens and stop token."
+    save_model(model, job.output / "model", tokenizer, card)
+    finish(job, curves, metrics)
+    return metrics
