@@ -1,8 +1,9 @@
 """The local servers of a workspace: Prefect, MLflow, the chat service; beside them the deployment runner and the bell.
 
 Each is a session of its own on a free loopback port, with its log in .thumbwheel/logs/. servers.json says which
-processes they are (pid and creation time, so that a pid given to somebody else is never mistaken for ours); a port
-is kept across restarts while it is free. Importing this module imports neither Prefect nor MLflow.
+processes they are (pid and creation time, so that a pid given to somebody else is never mistaken for ours);
+ports.json remembers their ports, so that a restart keeps the address while it is free. Importing this module imports
+neither Prefect nor MLflow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import psutil
 
 START_SECONDS = 90.0
 STOP_SECONDS = 15.0
-CORE = ("prefect", "mlflow", "chat")
+CORE = ("prefect", "mlflow", "service")
 BACKGROUND = ("runner", "bell")
 ALL = (*CORE, *BACKGROUND)
 
@@ -35,19 +36,19 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """One entry of servers.json. pid is None once it was ended; owner is the command that wanted it: demo or up."""
+    """One entry of servers.json, which ends with the server; owner is the command that wanted it: demo or up."""
 
     name: str
     port: int
     url: str
     owner: str
-    pid: int | None = None
-    create_time: float = 0.0
+    pid: int
+    create_time: float
 
     @property
     def alive(self) -> bool:
         """Whether that very process still lives (not another one with its pid, not a zombie)."""
-        return self.pid is not None and _is(self.pid, self.create_time)
+        return _is(self.pid, self.create_time)
 
 
 def workspace() -> Path:
@@ -91,7 +92,7 @@ def _mlflow(root: Path, port: int) -> list[str]:
     ]
 
 
-def _chat(root: Path, port: int) -> list[str]:
+def _service(root: Path, port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "feedback.service", "--host", "127.0.0.1", "--port", str(port)),
         *("--database-url", database_url(root), "--models-root", str(root), "--threads", "1"),
@@ -109,11 +110,11 @@ def _bell(root: Path, port: int) -> list[str]:
 COMMANDS: dict[str, Callable[[Path, int], list[str]]] = {
     "prefect": _prefect,
     "mlflow": _mlflow,
-    "chat": _chat,
+    "service": _service,
     "runner": _runner,
     "bell": _bell,
 }
-HEALTH = {"prefect": "/api/health", "mlflow": "/health", "chat": "/healthz"}
+HEALTH = {"prefect": "/api/health", "mlflow": "/health", "service": "/healthz"}
 
 
 def _fixed_environment(root: Path) -> dict[str, str]:
@@ -162,8 +163,6 @@ def environment(root: Path) -> dict[str, str]:
         values["PREFECT_API_URL"] = running["prefect"] + "/api"
     if "mlflow" in running:
         values["MLFLOW_TRACKING_URI"] = running["mlflow"]
-    if "chat" in running:
-        values["THUMBWHEEL_CHAT_URL"] = running["chat"]
     return values
 
 
@@ -180,9 +179,21 @@ def read(root: Path) -> dict[str, Server]:
 
 
 def _write(root: Path, servers: dict[str, Server]) -> None:
-    target = state_folder(root) / "servers.json"
-    temporary = target.with_name(f"servers.json.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({name: asdict(server) for name, server in servers.items()}, indent=2) + "\n")
+    _write_json(state_folder(root) / "servers.json", {name: asdict(server) for name, server in servers.items()})
+    ports = _ports(root) | {name: server.port for name, server in servers.items() if server.port}
+    _write_json(state_folder(root) / "ports.json", ports)
+
+
+def _ports(root: Path) -> dict[str, int]:
+    try:
+        return {name: int(port) for name, port in json.loads((state_folder(root) / "ports.json").read_text()).items()}
+    except (FileNotFoundError, json.JSONDecodeError, TypeError, AttributeError):
+        return {}
+
+
+def _write_json(target: Path, value: object) -> None:
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(target)
 
 
@@ -236,17 +247,17 @@ def start(root: Path, names: Iterable[str] = CORE, owner: str = "up") -> dict[st
             if known and known.alive and healthy(root, known):
                 servers[name] = replace(known, owner=owner if owner == "up" else known.owner)
                 continue
-            if known and known.alive:
-                _end(root, known)  # it lives and does not answer
-            servers[name] = _launch(root, name, known.port if known else 0, owner)
+            if known:
+                _end(root, known)  # it lives and does not answer, or died and left workers behind
+            servers[name] = _launch(root, name, owner)
             _write(root, servers)
         _write(root, servers)
         _wait(root, [servers[name] for name in wanted])
         return {name: servers[name] for name in wanted}
 
 
-def _launch(root: Path, name: str, port: int, owner: str) -> Server:
-    port = _free_port(port) if name in HEALTH else 0
+def _launch(root: Path, name: str, owner: str) -> Server:
+    port = _free_port(_ports(root).get(name, 0)) if name in HEALTH else 0
     log = log_path(root, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     ready_path(root, name).unlink(missing_ok=True)
@@ -318,11 +329,9 @@ def stop(root: Path, names: Iterable[str] = ALL, owner: str | None = None) -> li
         servers = read(root)
         chosen = [servers[n] for n in reversed(list(names)) if n in servers and owner in (None, servers[n].owner)]
         for server in chosen:
-            if server.pid is None:
-                continue
             if _end(root, server):
                 ended.append(server.name)
-            servers[server.name] = replace(server, pid=None, create_time=0.0)
+            del servers[server.name]
             _write(root, servers)
     return ended
 
@@ -342,7 +351,6 @@ def _end(root: Path, server: Server) -> bool:
 
 def _members(root: Path, server: Server) -> list[psutil.Process]:
     """The server and everything in the session that it leads (its pid is the session's id), orphans included."""
-    assert server.pid is not None
     if psutil.pid_exists(server.pid) and not server.alive and not _zombie(server.pid):
         return []  # somebody else has that pid now
     members = []

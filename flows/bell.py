@@ -1,0 +1,148 @@
+"""The bell: opens a batch when enough opinions wait (or the oldest has waited long enough) and rings for a retraining.
+
+The store decides in one transaction which opinions a batch holds; the Prefect event that follows is only a nudge. It
+may get lost, so batches that nobody consumed are rung again, at start-up and from time to time.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from feedback.store import Batch, Store
+    from flows.settings import BellOptions
+
+EVENT = "feedback.batch.ready"
+RESOURCE = "thumbwheel.feedback-batch"
+POLL_SECONDS = 2.0
+REMIND_SECONDS = 30.0
+# a retraining that is said to be under way for longer than this may be a dead one: ring all the same
+PATIENCE_SECONDS = 900.0
+
+log = logging.getLogger("thumbwheel.bell")
+
+
+class Bell:
+    """Looks at the store (`turn`), opens at most one batch a turn and rings.
+
+    ring: tells the world of a batch; busy: whether a retraining already waits or runs; clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        options: BellOptions,
+        ring: Callable[[Batch], None],
+        busy: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self.options, self.ring, self.busy, self.clock = store, options, ring, busy, clock
+        self.rung: dict[Any, float] = {}
+
+    def turn(self) -> list[Batch]:
+        """One look. Returns the batches that were rung for."""
+        rung = []
+        batch = self._open()
+        if batch is not None:
+            log.info("batch %s opened", batch.id)
+            rung.append(batch)
+        due = [b for b in self.store.open_batches() if self._due(b) and (batch is None or b.id != batch.id)]
+        if due and (not self.busy() or all(self._waited(b) > PATIENCE_SECONDS for b in due)):
+            rung.extend(due)
+        for each in rung:
+            self.ring(each)
+            self.rung[each.id] = self.clock()
+        return rung
+
+    def _open(self) -> Batch | None:
+        pending = self.store.pending()
+        if pending.count >= self.options.opinions:
+            return self.store.open_batch(minimum=self.options.opinions)
+        if pending.oldest_at is not None and _age(pending.oldest_at) >= self.options.max_wait_seconds:
+            return self.store.open_batch(minimum=1)
+        return None
+
+    def _waited(self, batch: Batch) -> float:
+        return self.clock() - self.rung[batch.id] if batch.id in self.rung else float("inf")
+
+    def _due(self, batch: Batch) -> bool:
+        return self._waited(batch) >= REMIND_SECONDS
+
+
+def _age(moment: datetime) -> float:
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return (datetime.now(UTC) - aware).total_seconds()
+
+
+def emit(batch: Batch) -> None:
+    """Send the Prefect event of a batch (in the background: a short process must end normally for it to leave)."""
+    from prefect.events import emit_event
+
+    emit_event(event=EVENT, resource={"prefect.resource.id": f"{RESOURCE}.{batch.id}"}, payload={"batch_id": batch.id})
+
+
+def retraining_under_way() -> bool:
+    """Whether the deployment `retrain` has a flow run that is scheduled, pending or running."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+
+    active = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": active}}}),
+            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["retrain"])),
+            limit=1,
+        )
+    return bool(runs)
+
+
+def watch(root: Path, stop: threading.Event) -> None:
+    """Turn until `stop` is set, with the options that params.yaml has at that moment."""
+    from feedback.store import Store
+    from flows import servers, settings
+
+    store = Store(servers.database_url(root))
+    store.migrate()
+    bell = Bell(store, settings.load(root).bell, emit, retraining_under_way)
+    stamp = (root / settings.PARAMS_FILE).stat().st_mtime_ns
+    log.info("listening: a batch at %s opinions or after %s s", bell.options.opinions, bell.options.max_wait_seconds)
+    try:
+        while not stop.wait(POLL_SECONDS):
+            try:
+                changed = (root / settings.PARAMS_FILE).stat().st_mtime_ns
+                if changed != stamp:
+                    bell.options, stamp = settings.load(root).bell, changed
+                for batch in bell.turn():
+                    log.info("rang for batch %s", batch.id)
+            except Exception:  # the database or Prefect is away for a moment: the next turn makes up for it
+                log.exception("this turn failed; the next one is in %s s", POLL_SECONDS)
+    finally:
+        store.close()
+
+
+def main() -> None:
+    """The process that `thumbwheel up` starts; ends at SIGTERM."""
+    import os
+
+    from flows import servers
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    root = servers.workspace()
+    servers.ready_path(root, "bell").write_text(str(os.getpid()))
+    watch(root, stop)
+
+
+if __name__ == "__main__":
+    main()
