@@ -1,0 +1,252 @@
+"""The tables: what was answered, what people said of it, what a model learned from, and which model reigns.
+
+One schema for SQLite (embedded) and PostgreSQL (production); `migrations/` makes it, a test compares the two.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+SOURCES = ("human_user", "human_expert", "simulated", "llm_judge")
+KINDS = ("thumb", "comparison", "ranking", "edit", "comment", "implicit", "expert")
+MODERATION = ("pending", "accepted", "quarantined", "rejected")
+STATUSES = ("streaming", "complete", "aborted", "error")
+OPERATIONS = ("create", "revise", "retract", "moderate", "erase")
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A moment, in UTC, aware on both databases (SQLite keeps no zone). Refuses naive datetimes with ValueError."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Python to database."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"a time without a zone was given: {value.isoformat()}; use datetime.now(UTC)")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Database to Python."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# SQLite counts only in a column of type INTEGER
+Sequence = BigInteger().with_variant(Integer, "sqlite")
+
+
+def one_of(column: str, values: tuple[str, ...]) -> str:
+    """SQL that holds `column` to `values`."""
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+class Table(DeclarativeBase):
+    """Base of all tables; names of constraints follow one rule, so that migrations can drop them by name."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def table_of(row: type[Table]) -> sa.Table:
+    """The table behind a class, for statements on many rows at once."""
+    return cast(sa.Table, row.__table__)
+
+
+class CompletionRow(Table):
+    """One answer of one model. Written before its first byte leaves, so that a vote never races it."""
+
+    __tablename__ = "completion"
+    __table_args__ = (
+        UniqueConstraint("subject", "idempotency_key"),
+        CheckConstraint(one_of("status", STATUSES), name="status"),
+        CheckConstraint("turn >= 0", name="turn"),
+        Index(None, "model_hash"),
+        Index(None, "conversation"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)  # chatcmpl- and a uuid7
+    conversation: Mapped[str] = mapped_column(String(64))
+    turn: Mapped[int] = mapped_column(Integer)
+    parent: Mapped[str | None] = mapped_column(ForeignKey("completion.id", ondelete="SET NULL"))
+    subject: Mapped[str] = mapped_column(String(64))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    request_messages: Mapped[list[dict[str, str]]] = mapped_column(JSON)
+    sampling: Mapped[dict[str, Any]] = mapped_column(JSON)
+    response: Mapped[str] = mapped_column(Text)
+    prompt_token_ids: Mapped[list[int]] = mapped_column(JSON)
+    response_token_ids: Mapped[list[int]] = mapped_column(JSON)  # with the stop token where it was sampled
+    response_logprobs: Mapped[list[float]] = mapped_column(JSON)  # nats, under the model that answered
+    status: Mapped[str] = mapped_column(String(16))
+    finish_reason: Mapped[str | None] = mapped_column(String(16))
+    error: Mapped[str | None] = mapped_column(Text)
+    model_hash: Mapped[str] = mapped_column(String(64))
+    model_alias: Mapped[str] = mapped_column(String(64))
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+    data_revision: Mapped[str | None] = mapped_column(String(64))
+    code_revision: Mapped[str | None] = mapped_column(String(64))
+    first_token_ms: Mapped[float | None] = mapped_column(Float)
+    total_ms: Mapped[float | None] = mapped_column(Float)
+    locale: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcTime)
+
+
+class FeedbackRow(Table):
+    """The current state of one opinion. `other` is empty, never NULL: NULLs differ, and three deliveries made three rows."""
+
+    __tablename__ = "feedback"
+    __table_args__ = (
+        UniqueConstraint("completion_id", "subject", "kind", "other"),
+        CheckConstraint(one_of("kind", KINDS), name="kind"),
+        CheckConstraint("value IN (-1, 0, 1)", name="value"),
+        CheckConstraint(one_of("source", SOURCES), name="source"),
+        CheckConstraint(one_of("moderation", MODERATION), name="moderation"),
+        CheckConstraint("revision >= 1", name="revision"),
+        CheckConstraint("trust >= 0 AND trust <= 1", name="trust"),
+        Index(None, "last_seq"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    completion_id: Mapped[str] = mapped_column(ForeignKey("completion.id", ondelete="CASCADE"))
+    subject: Mapped[str] = mapped_column(String(64))  # HMAC of the user
+    kind: Mapped[str] = mapped_column(String(16))
+    other: Mapped[str] = mapped_column(String(64), default="")  # the other answer of a comparison
+    value: Mapped[int] = mapped_column(Integer)
+    ranked: Mapped[list[Any]] = mapped_column(JSON)
+    position: Mapped[int | None] = mapped_column(Integer)
+    reasons: Mapped[list[str]] = mapped_column(JSON)  # codes, never translated text
+    comment: Mapped[str] = mapped_column(Text)
+    correction: Mapped[str] = mapped_column(Text)
+    source: Mapped[str] = mapped_column(String(16))
+    channel: Mapped[str] = mapped_column(String(16))
+    locale: Mapped[str] = mapped_column(String(16))
+    revision: Mapped[int] = mapped_column(Integer)
+    retracted: Mapped[bool] = mapped_column(Boolean)
+    trust: Mapped[float] = mapped_column(Float)
+    moderation: Mapped[str] = mapped_column(String(16))
+    moderation_reason: Mapped[str] = mapped_column(Text)
+    last_seq: Mapped[int] = mapped_column(BigInteger)  # the event that made this state
+    client_time: Mapped[datetime | None] = mapped_column(UtcTime)
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+    updated_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class EventRow(Table):
+    """The append-only log: each change of an opinion, with the whole state after it, in the transaction that made it."""
+
+    __tablename__ = "feedback_event"
+    __table_args__ = (
+        UniqueConstraint("subject", "idempotency_key"),
+        CheckConstraint(one_of("op", OPERATIONS), name="op"),
+        Index(None, "feedback_id", "seq"),
+        {"sqlite_autoincrement": True},  # a number is never used again, not even after an erasure
+    )
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    feedback_id: Mapped[int] = mapped_column(ForeignKey("feedback.id", ondelete="CASCADE"))
+    subject: Mapped[str] = mapped_column(String(64))
+    op: Mapped[str] = mapped_column(String(16))
+    payload: Mapped[dict[str, Any]] = mapped_column(JSON)
+    payload_sha256: Mapped[str] = mapped_column(String(64))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    request_sha256: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class BatchRow(Table):
+    """A closed range of the event log, handed to training once."""
+
+    __tablename__ = "training_batch"
+    __table_args__ = (
+        UniqueConstraint("first_seq"),
+        UniqueConstraint("last_seq"),
+        CheckConstraint("first_seq <= last_seq", name="range"),
+        CheckConstraint("accepted >= 0", name="accepted"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    first_seq: Mapped[int] = mapped_column(BigInteger)
+    last_seq: Mapped[int] = mapped_column(BigInteger)
+    accepted: Mapped[int] = mapped_column(Integer)
+    excluded: Mapped[dict[str, int]] = mapped_column(JSON)  # reason -> opinions
+    sha256: Mapped[str] = mapped_column(String(64))
+    opened_at: Mapped[datetime] = mapped_column(UtcTime)
+    consumed_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
+
+
+class BatchItemRow(Table):
+    """What became of one opinion in one batch. An opinion is accepted once, ever: the index on accepted items says so."""
+
+    __tablename__ = "training_batch_item"
+    __table_args__ = (
+        CheckConstraint("accepted = (reason = '')", name="reason"),
+        Index(
+            "uq_training_batch_item_accepted",
+            "feedback_id",
+            unique=True,
+            sqlite_where=text("accepted"),
+            postgresql_where=text("accepted"),
+        ),
+    )
+
+    batch_id: Mapped[int] = mapped_column(ForeignKey("training_batch.id", ondelete="CASCADE"), primary_key=True)
+    feedback_id: Mapped[int] = mapped_column(ForeignKey("feedback.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger)  # the event whose state was judged
+    accepted: Mapped[bool] = mapped_column(Boolean)
+    reason: Mapped[str] = mapped_column(String(32))  # empty when accepted
+
+
+class PromotionRow(Table):
+    """Which model reigned when, and why. The rows are a stack: `promote` pushes a model, `rollback` takes the top away."""
+
+    __tablename__ = "promotion"
+    __table_args__ = (
+        CheckConstraint(one_of("action", ("promote", "rollback")), name="action"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    action: Mapped[str] = mapped_column(String(16))
+    from_hash: Mapped[str | None] = mapped_column(String(64))
+    model_hash: Mapped[str] = mapped_column(String(64))
+    model_path: Mapped[str] = mapped_column(Text)
+    figures: Mapped[dict[str, Any]] = mapped_column(JSON)
+    reason: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
