@@ -117,7 +117,7 @@ COMMANDS: dict[str, Callable[[Path, int], list[str]]] = {
 HEALTH = {"prefect": "/api/health", "mlflow": "/health", "service": "/healthz"}
 
 
-def _fixed_environment(root: Path) -> dict[str, str]:
+def fixed_environment(root: Path) -> dict[str, str]:
     """What holds for every process of the workspace, whichever servers run."""
     state = state_folder(root)
     proxies = {name: _without_proxy(os.environ.get(name, "")) for name in ("NO_PROXY", "no_proxy")}
@@ -157,7 +157,7 @@ def _without_proxy(value: str) -> str:
 
 def environment(root: Path) -> dict[str, str]:
     """The variables a client of these servers needs, to be set before prefect or mlflow is imported."""
-    values = _fixed_environment(root)
+    values = fixed_environment(root)
     running = {server.name: server.url for server in read(root).values() if server.alive}
     if "prefect" in running:
         values["PREFECT_API_URL"] = running["prefect"] + "/api"

