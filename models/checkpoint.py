@@ -73,12 +73,12 @@ def from_huggingface(config: ModelConfig, tensors: dict[str, Tensor]) -> Transfo
     return model
 
 
-def read_config(folder: PathLike) -> ModelConfig:
+def read_config(folder: PathLike, architecture: str = "LlamaForCausalLM") -> ModelConfig:
     """The architecture of a model folder. Raises FileNotFoundError, ValueError."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: not a model folder")
-    return ModelConfig.from_huggingface(json.loads(path.read_text(encoding="utf-8")))
+    return ModelConfig.from_huggingface(json.loads(path.read_text(encoding="utf-8")), architecture)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -54,11 +54,11 @@ class ModelConfig(ModelOptions):
         return cls(**asdict(options), vocab_size=vocab_size)
 
     @classmethod
-    def from_huggingface(cls, config: dict[str, Any]) -> ModelConfig:
-        """From the content of a config.json. Raises ValueError for an architecture other than LlamaForCausalLM."""
+    def from_huggingface(cls, config: dict[str, Any], architecture: str = "LlamaForCausalLM") -> ModelConfig:
+        """From the content of a config.json. Raises ValueError for another architecture than the one asked for."""
         architectures = config.get("architectures") or ["none"]
-        if architectures != ["LlamaForCausalLM"]:
-            raise ValueError(f"config.json: architecture {architectures[0]} is not supported; LlamaForCausalLM is")
+        if architectures != [architecture]:
+            raise ValueError(f"config.json: architecture is {architectures[0]}; {architecture} is what this needs")
         rope = config.get("rope_parameters") or {}
         unsupported = [
             key for key in ("rope_scaling", "attention_bias", "mlp_bias") if config.get(key) not in (None, False)

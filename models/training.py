@@ -100,7 +100,7 @@ class Curves:
 def finish(job: Job, curves: Curves, metrics: Mapping[str, float]) -> None:
     """Write curves.csv and metrics.json into the stage's output."""
     curves.write(job.output / "curves.csv")
-    text = json.dumps({k: v for k, v in sorted(metrics.items())}, indent=2)
+    text = json.dumps(dict(sorted(metrics.items())), indent=2)
     (job.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 

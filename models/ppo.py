@@ -1,0 +1,396 @@
+"""PPO with a KL term against the SFT model, as in Ziegler et al. 2019, Stiennon et al. 2020 and InstructGPT.
+
+Notation: B episodes (one answer each), T the longest answer, A answer tokens of all episodes end to end. Per-token
+tensors are padded [B, T] beside a mask [B, T] that is True on answer tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.checkpoint import load_model, save_model
+from models.corpus import Sequences
+from models.job import Job
+from models.losses import cross_entropy, log_probs
+from models.optim import Optimizer, learning_rate
+from models.reward import RewardModel, load_reward_model, score
+from models.rollout import Answer, flatten, generate
+from models.sft import collate
+from models.tokenizer import Tokenizer
+from models.training import Checkpoints, Curves, finish, stream
+from models.transformer import Transformer, dense_layout
+
+
+@dataclass(frozen=True)
+class PPOOptions:
+    """Section `ppo` of params.yaml. Lengths in tokens, KL in nats an answer."""
+
+    iterations: int = 80
+    batch_size: int = 64
+    minibatches: int = 2
+    epochs: int = 2
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    learning_rate: float = 1e-4
+    critic_learning_rate: float = 3e-4
+    warmup_steps: int = 10
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    kl_coefficient: float = 0.05
+    kl_target: float | None = 6.0
+    kl_horizon: int = 2000
+    whiten_rewards: bool = False
+    missing_eos_penalty: float | None = -1.0
+    ptx_coefficient: float = 0.5
+    ptx_batch_size: int = 4
+    ptx_conversations: int = 32
+    clip_norm: float = 1.0
+    checkpoint_every: int = 10
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "iterations",
+            "batch_size",
+            "minibatches",
+            "epochs",
+            "max_new_tokens",
+            "checkpoint_every",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of minibatches {self.minibatches}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise ValueError(
+                f"kl_target must be above 0 nats an answer, or null: {self.kl_target}"
+            )
+
+
+# -- the formulas ------------------------------------------------------------------------------------------------------
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True places of mask."""
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x − μ)/sqrt(σ² + 1e-8) over the mask; with shift_mean=False the mean is put back, as Ziegler does for rewards."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    out = (x - mean) * (variance + 1e-8).rsqrt()
+    return (out if shift_mean else out + mean) * mask
+
+
+def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """r_t = −β·(log π_old − log π_ref), and the score on the last answer token: scores [B], the rest [B, T] → [B, T]."""
+    rewards = -beta * (logp - ref_logp) * mask
+    last = mask.long().sum(1) - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """GAE (Schulman et al. 2016): δ_t = r_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1}, V = 0 after the last answer token;
+    returns R_t = A_t + V_t, of advantages before whitening. All [B, T]."""
+    advantages = torch.zeros_like(rewards)
+    later = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(later)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = mask[:, t].float()
+        later = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * later) * here
+        advantages[:, t] = later
+        next_value = values[:, t] * here
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Mean of max(−Aρ, −A·clip(ρ, 1 − ε, 1 + ε)) over answer tokens [A], with the statistics people watch."""
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    with torch.no_grad():
+        stats = {
+            "policy/approx_kl": 0.5 * log_ratio.square().mean().item(),
+            "policy/clip_fraction": (ratio != clipped).float().mean().item(),
+            "policy/ratio_max": ratio.max().item(),
+        }
+    return loss, stats
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """½·mean of max((V − R)², (clip(V, V_old ± ε) − R)²) over answer tokens [A]."""
+    clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
+    return 0.5 * torch.max((values - returns).square(), (clipped - returns).square()).mean()
+
+
+def adapt_kl(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The next β: β·(1 + clip(KL/target − 1, ±0.2)·episodes/horizon), KL the mean nats per answer (Ziegler et al. 2019)."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * episodes / horizon)
+
+
+# -- one iteration -----------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """B answers with what is known of them before the update; lists are per episode, tensors [B, T] or [B]."""
+
+    prompts: list[list[int]]
+    answers: list[Answer]
+    mask: Tensor
+    logp: Tensor
+    ref_logp: Tensor
+    values: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def pad(flat: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[A] values of answers end to end → [B, T], zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
+
+
+class Models(NamedTuple):
+    """The four networks of PPO: the policy and its critic learn, the reference and the reward model do not."""
+
+    policy: Transformer
+    critic: RewardModel
+    reference: Transformer
+    reward: RewardModel
+
+
+@torch.no_grad()
+def roll_out(
+    models: Models, prompts: list[list[int]], seeds: list[int], options: PPOOptions, beta: float, stop_id: int
+) -> Rollout:
+    """Sample an answer for each prompt and work out rewards, advantages and returns."""
+    device = models.policy.embedding.weight.device
+    answers = generate(
+        models.policy,
+        prompts,
+        stop_id=stop_id,
+        max_new_tokens=options.max_new_tokens,
+        seeds=seeds,
+        temperature=options.temperature,
+        width=len(prompts),
+    )
+    ids = [answer.ids for answer in answers]
+    lengths = [len(a) for a in ids]
+    flat = flatten(prompts, ids, device)
+
+    def logp_of(model: Transformer) -> Tensor:
+        hidden = model(flat.tokens, flat.layout).index_select(0, flat.rows)
+        return pad(log_probs(hidden, model.head_weight, flat.targets, options.temperature), lengths)
+
+    # The old log-probabilities come from the training code, not the sampler: the ratio of the first minibatch is 1.
+    logp, ref_logp = logp_of(models.policy), logp_of(models.reference)
+    values = pad(models.critic(flat.tokens, flat.layout).index_select(0, flat.rows), lengths)
+    mask = pad(torch.ones(sum(lengths), dtype=torch.bool, device=device), lengths)
+    scores = torch.tensor(score(models.reward, prompts, ids), device=device)
+    if options.missing_eos_penalty is not None:
+        ended = torch.tensor([a.finish_reason == "stop" for a in answers], device=device)
+        scores = torch.where(ended, scores, torch.full_like(scores, options.missing_eos_penalty))
+    rewards = token_rewards(scores, logp, ref_logp, mask, beta)
+    if options.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = advantages_and_returns(rewards, values, mask, options.gamma, options.gae_lambda)
+    return Rollout(prompts, answers, mask, logp, ref_logp, values, scores, whiten(advantages, mask), returns)
+
+
+class Updater:
+    """The optimizers, and the clipped updates of policy and critic on one rollout."""
+
+    def __init__(self, models: Models, options: PPOOptions, tokens: np.ndarray, chats: Sequences) -> None:
+        self.models, self.options, self.tokens, self.chats = models, options, tokens, chats
+        self.policy_optimizer = Optimizer(models.policy, betas=(0.9, 0.95), eps=1e-5)
+        self.critic_optimizer = Optimizer(models.critic, betas=(0.9, 0.95), eps=1e-5)
+        self.skipped = 0
+
+    def update(self, rollout: Rollout, seed: int, iteration: int) -> dict[str, float]:
+        """`epochs` passes over the rollout in shuffled minibatches; returns the statistics of the last."""
+        o = self.options
+        stats: dict[str, float] = {}
+        steps = o.epochs * o.minibatches
+        size = o.batch_size // o.minibatches
+        for epoch in range(o.epochs):
+            order = stream(seed, "minibatches", iteration, epoch).permutation(len(rollout.prompts))
+            for part in range(o.minibatches):
+                chosen = sorted(order[part * size : (part + 1) * size].tolist())
+                step = (iteration * o.epochs + epoch) * o.minibatches + part
+                stats = self._step(rollout, chosen, step, o.iterations * steps, seed)
+        return stats
+
+    def _step(self, rollout: Rollout, chosen: list[int], step: int, steps: int, seed: int) -> dict[str, float]:
+        o, m = self.options, self.models
+        device = m.policy.embedding.weight.device
+        flat = flatten([rollout.prompts[i] for i in chosen], [rollout.answers[i].ids for i in chosen], device)
+        rows = torch.tensor(chosen, device=device)
+        mask = rollout.mask[rows]
+
+        def take(x: Tensor) -> Tensor:
+            return x[rows][mask]
+
+        hidden = m.policy(flat.tokens, flat.layout).index_select(0, flat.rows)
+        logp = log_probs(hidden, m.policy.head_weight, flat.targets, o.temperature)
+        loss, stats = policy_loss(logp, take(rollout.logp), take(rollout.advantages), o.clip_range)
+        loss.backward()
+        if o.ptx_coefficient:
+            stats["policy/ptx_loss"] = self._ptx(seed, step)
+        rate = learning_rate(step, steps, o.learning_rate, o.warmup_steps, shape="linear")
+        norm, taken = self.policy_optimizer.step(rate, o.clip_norm)
+        self.skipped += not taken
+
+        values = m.critic(flat.tokens, flat.layout).index_select(0, flat.rows)
+        loss_v = value_loss(values, take(rollout.values), take(rollout.returns), o.value_clip_range)
+        loss_v.backward()
+        rate = learning_rate(step, steps, o.critic_learning_rate, o.warmup_steps, shape="linear")
+        _, taken = self.critic_optimizer.step(rate, o.clip_norm)
+        self.skipped += not taken
+        return stats | {"policy/loss": loss.item(), "policy/gradient_norm": norm, "critic/loss": loss_v.item()}
+
+    def _ptx(self, seed: int, step: int) -> float:
+        """Add γ·gradient of the language-modelling loss on pretraining text and on SFT conversations to the same buffer
+        (PPO-ptx, InstructGPT eq. 2), so that the policy does not forget what it learned before."""
+        o, policy = self.options, self.models.policy
+        device, length = policy.embedding.weight.device, policy.config.context_length
+        draw = stream(seed, "ptx", step)
+        losses = []
+        if o.ptx_batch_size:
+            starts = draw.integers(0, len(self.tokens) - length, o.ptx_batch_size)
+            windows = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int64)
+            ids = torch.from_numpy(windows).to(device)
+            hidden = policy(ids[:, :-1].reshape(-1), dense_layout(o.ptx_batch_size, length, device))
+            targets = ids[:, 1:].reshape(-1)
+            losses.append((hidden, targets))
+        if o.ptx_conversations:
+            batch = collate(self.chats, draw.integers(0, len(self.chats), o.ptx_conversations).tolist(), str(device))
+            losses.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
+        total = 0.0
+        for hidden, targets in losses:
+            weights = torch.full(targets.shape, 1 / len(targets), device=device)
+            loss = cross_entropy(hidden, policy.head_weight, targets, weights)
+            (o.ptx_coefficient * loss).backward()
+            total += loss.item()
+        return total
+
+
+def statistics(rollout: Rollout, beta: float) -> dict[str, float]:
+    """What a rollout tells: reward, KL per answer in nats (k1, and k3 which is never negative), length, ends."""
+    log_ratio = (rollout.logp - rollout.ref_logp) * rollout.mask
+    k3 = ((-log_ratio).exp() - 1 + log_ratio) * rollout.mask
+    returns, values = rollout.returns[rollout.mask], rollout.values[rollout.mask]
+    variance = returns.var(correction=0)
+    texts = {tuple(answer.ids) for answer in rollout.answers}
+    return {
+        "reward/score": rollout.scores.mean().item(),
+        "reward/score_std": rollout.scores.std().item(),
+        "objective/kl": log_ratio.sum(1).mean().item(),
+        "objective/kl_k3": k3.sum(1).mean().item(),
+        "objective/kl_coefficient": beta,
+        "objective/entropy": -masked_mean(rollout.logp, rollout.mask).item(),
+        "answer/tokens": rollout.mask.float().sum(1).mean().item(),
+        "answer/ended": sum(a.finish_reason == "stop" for a in rollout.answers) / len(rollout.answers),
+        "answer/distinct": len(texts) / len(rollout.answers),
+        "critic/explained_variance": 1 - ((returns - values).var(correction=0) / variance.clamp_min(1e-8)).item(),
+    }
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The stage body: SFT model, reward model, prompts → model/, metrics.json, curves.csv."""
+    options = job.options("ppo", PPOOptions)
+    base, folder = job.input("artifacts/sft/model"), job.input("artifacts/tokenize")
+    rewarder = job.input("artifacts/reward/model")
+    tokenizer = Tokenizer.load(base)
+    prompts = Sequences.load(folder / "prompts.train.npz")
+    tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
+    chats = Sequences.load(folder / "sft.train.npz")
+    if len(prompts) < options.batch_size:
+        raise ValueError(
+            f"there are {len(prompts)} prompts, fewer than ppo.batch_size {options.batch_size}: add prompts"
+        )
+    models = Models(
+        load_model(base, job.device),
+        load_reward_model(rewarder, job.device),
+        load_model(base, job.device),
+        load_reward_model(rewarder, job.device),
+    )
+    updater = Updater(models, options, tokens, chats)
+    curves, checkpoints = Curves(job, options.iterations), Checkpoints(job.work / "checkpoints")
+    beta, first = options.kl_coefficient, 0
+    if state := checkpoints.load():
+        models.policy.load_state_dict(state["policy"])
+        models.critic.load_state_dict(state["critic"])
+        updater.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        updater.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        first, beta, curves.rows, updater.skipped = state["step"], state["beta"], state["curve"], state["skipped"]
+        job.resumed(first)
+
+    for iteration in range(first, options.iterations):
+        clock = time.perf_counter()
+        # 1. prompts, and answers with their rewards and advantages
+        draw = stream(job.seed, "prompts", iteration)
+        chosen = draw.choice(len(prompts), options.batch_size, replace=False)
+        seeds = draw.integers(2**62, size=options.batch_size).tolist()
+        rollout = roll_out(models, [prompts[int(i)] for i in chosen], seeds, options, beta, tokenizer.stop_id)
+        row = statistics(rollout, beta)
+        rolled = time.perf_counter() - clock
+        # 2. the updates
+        row |= updater.update(rollout, job.seed, iteration)
+        # 3. the KL controller
+        if options.kl_target is not None:
+            beta = adapt_kl(beta, row["objective/kl"], options.kl_target, options.batch_size, options.kl_horizon)
+        # 4. records
+        done = iteration + 1
+        if done % options.log_every == 0 or done == options.iterations:
+            seconds = time.perf_counter() - clock
+            timing = {"episodes_per_second": options.batch_size / seconds, "rollout_share": rolled / seconds}
+            curves.log(done, row, timing)
+        if done % options.checkpoint_every == 0 or done == options.iterations:
+            checkpoints.save(
+                done,
+                {
+                    "policy": models.policy.state_dict(),
+                    "critic": models.critic.state_dict(),
+                    "policy_optimizer": updater.policy_optimizer.state_dict(),
+                    "critic_optimizer": updater.critic_optimizer.state_dict(),
+                    "beta": beta,
+                    "curve": curves.rows,
+                    "skipped": updater.skipped,
+                },
+            )
+
+    tail = curves.rows[-10:]
+    metrics = {
+        name.replace("/", "_"): math.fsum(row[name] for row in tail) / len(tail)
+        for name in ("reward/score", "objective/kl", "answer/tokens", "answer/ended", "answer/distinct")
+    }
+    metrics |= {
+        "kl_coefficient": beta,
+        "episodes": options.iterations * options.batch_size,
+        "skipped_steps": updater.skipped,
+    }
+    card = "# thumbwheel PPO model\n\nThe SFT model after PPO against a reward model of people's thumbs."
+    save_model(models.policy, job.output / "model", tokenizer, card)
+    finish(job, curves, metrics)
+    return metrics
