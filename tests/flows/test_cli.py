@@ -1,0 +1,82 @@
+"""The command line: quick to start, clear when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flows import settings
+from flows.cli import app
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with every parameter at its default."""
+    monkeypatch.setenv("THUMBWHEEL_ROOT", str(tmp_path))
+    with (tmp_path / "params.yaml").open("w") as file:
+        settings.yaml().dump(settings.Params().plain(), file)
+    return tmp_path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys; from flows.cli import app; "
+        "print([m for m in ('torch', 'prefect', 'mlflow', 'dvc', 'great_expectations', 'pydantic') if m in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert time.monotonic() - started < 5  # about 0.2 s on a quiet machine
+
+
+def test_config_shows_every_parameter_and_leaves_the_file_alone(root: Path) -> None:
+    before = (root / "params.yaml").read_text()
+    result = CliRunner().invoke(app, ["config", "--set", "seed=7", "--set", "bell.opinions=50"])
+    assert result.exit_code == 0, result.output
+    shown = settings.yaml().load(result.stdout)
+    assert (shown["seed"], shown["bell"]["opinions"]) == (7, 50)
+    assert (root / "params.yaml").read_text() == before
+
+
+def test_config_writes_what_it_shows(root: Path) -> None:
+    result = CliRunner().invoke(app, ["config", "--set", "bell.opinions=50", "--write"])
+    assert result.exit_code == 0, result.output
+    assert settings.load(root).bell.opinions == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "bell.opinion=50"], "bell.opinion is not known"),
+        (["--set", "bell.opinions=0"], "opinions must be at least 1"),
+        (["--set", "seed"], "write section.key=value"),
+        (["--preset", "enormous"], "preset enormous is not known; known are"),
+    ],
+)
+def test_config_refuses_what_is_wrong_and_writes_nothing(root: Path, arguments: list[str], message: str) -> None:
+    before = (root / "params.yaml").read_text()
+    result = CliRunner().invoke(app, ["config", *arguments, "--write"])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert (root / "params.yaml").read_text() == before
+
+
+def test_nothing_runs_in_a_new_workspace(root: Path) -> None:
+    status = CliRunner().invoke(app, ["status"])
+    assert status.exit_code == 0
+    assert status.output.count("not running") == 5
+    assert "nothing was running" in CliRunner().invoke(app, ["down"]).output
+    assert not os.environ.get("PREFECT_API_URL")
+
+
+def test_a_folder_that_is_no_workspace_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THUMBWHEEL_ROOT", str(tmp_path))
+    result = CliRunner().invoke(app, ["config"])
+    assert result.exit_code == 1
+    assert "params.yaml is missing" in result.output
