@@ -1,0 +1,53 @@
+"""A real workspace in miniature: DVC, MLflow on SQLite, a data stage in the process and a training stage in a child."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+DVC_YAML = """\
+stages:
+  grind:
+    cmd: {python} {main} grind
+    deps: [data]
+    params: [grind]
+    outs: [artifacts/grind]
+  train:
+    cmd: {python} {main} train
+    deps: [artifacts/grind]
+    params: [seed, train]
+    outs: [artifacts/train/model]
+    metrics: [artifacts/train/metrics.json]
+    plots: [artifacts/train/curves.csv]
+"""
+PARAMS = """\
+seed: 1 # of everything
+grind:
+  times: 2 # how fine
+train: {steps: 20, sleep: 0.0, kill_at: 0, fail_at: 0}
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace `tmp_path/ws` with the stages grind and train, threads set to 1."""
+    from dvc.repo import Repo
+
+    root = tmp_path / "ws"
+    (root / "data").mkdir(parents=True)
+    (root / "data" / "grain.txt").write_text("corn ")
+    main = HERE / "tiny_main.py"
+    (root / "dvc.yaml").write_text(DVC_YAML.format(python=sys.executable, main=main))
+    (root / "params.yaml").write_text(PARAMS)
+    for key in ("THUMBWHEEL_MLFLOW_TRACKING_URI", "THUMBWHEEL_ROOT", "DVC_STAGE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("THUMBWHEEL_THREADS", "1")
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.chdir(root)
+    Repo.init(str(root), no_scm=True).close()
+    return root
