@@ -1,0 +1,433 @@
+"""Stage judge: SFT model, reigning champion and candidate answer the same held-out prompts; figures, comparison, decision.
+
+Two judges read the answers: the one whose thumbs trained the reward model, and a second one that never rated. Beside
+them stand the figures that tell a gain from a collapse. All models answer a prompt with the same random stream.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flows import figures, sentiment
+from flows.figures import Interval
+from flows.gate import GateOptions, decide
+from models.checkpoint import load_model, model_hash
+from models.job import Job
+from models.rollout import generate, sequence_logprobs
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+
+ROLES = ("sft", "champion_before", "candidate")
+OTHER_PROMPTS = 4  # how many foreign prompts each answer's relevance is measured against
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Section `judge` of params.yaml.
+
+    prompts: at most so many of the report's bucket; perplexity_tokens: of held-out text; samples: rows of samples.jsonl.
+    KL is exact at temperature 1 only, where what is sampled is the model itself.
+    """
+
+    prompts: int = 400
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    width: int = 64
+    bootstrap: int = 2000
+    perplexity_tokens: int = 20_000
+    samples: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "max_new_tokens", "width", "bootstrap", "perplexity_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, it is {self.temperature}: the judge looks at samples")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of the report's bucket and the random stream that all models answer it with."""
+
+    id: str
+    messages: list[dict[str, str]]
+    seed: int
+
+    @property
+    def text(self) -> str:
+        """What the user said last."""
+        return self.messages[-1]["content"]
+
+
+class Contender:
+    """A model folder that takes part: weights, tokenizer and hash, each loaded once."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
+        self.hash = model_hash(folder)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The decoder, in evaluation mode."""
+        return load_model(self.folder, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's own tokenizer."""
+        return Tokenizer.load(self.folder)
+
+    def speaks_as(self, other: Contender) -> bool:
+        """Whether both have the same tokens, so that their probabilities can be compared token by token."""
+        return (self.folder / "tokenizer.json").read_bytes() == (other.folder / "tokenizer.json").read_bytes()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's answers with what was measured of each, in the order of the prompts. None: not measurable."""
+
+    model_hash: str
+    texts: list[str]
+    tokens: list[int]
+    thumbs: list[bool]
+    seconds: list[bool] | None
+    kl: list[float] | None
+    relevance: list[float]
+    perplexity: float | None
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The stage body: models, prompts and held-out text → report.json, answers.jsonl, samples.jsonl, figures.csv."""
+    options, limits = job.options("judge", JudgeOptions), job.options("gate", GateOptions)
+    language = str(job.params.get("data", {}).get("language", "en"))
+    contenders = find_contenders(job)
+    sft, candidate = contenders["sft"], contenders["candidate"]
+    if not candidate.speaks_as(sft):
+        raise ValueError("artifacts/ppo/model and artifacts/sft/model have different tokenizers: run ppo again")
+    prompts = read_prompts(job.input("artifacts/curate") / "prompts.report.jsonl", job.seed)
+    prompts = fitting(prompts, list(contenders.values()), options.max_new_tokens)[: options.prompts]
+    if len(prompts) < 2:
+        raise ValueError("fewer than two prompts of artifacts/curate/prompts.report.jsonl fit the models' context")
+    heldout = np.load(job.input("artifacts/tokenize") / "pretrain.heldout.npy")[: options.perplexity_tokens]
+
+    judged: dict[str, Judged] = {}
+    for step, role in enumerate(ROLES, start=1):
+        same = [done for done in judged.values() if done.model_hash == contenders[role].hash]
+        judged[role] = same[0] if same else judge(contenders[role], sft, prompts, heldout, options, language, job.seed)
+        job.log(step, len(ROLES), {f"{role}/thumbs_up_rate": float(np.mean(judged[role].thumbs))})
+
+    report = make_report(judged, seed=job.seed, language=language, resamples=options.bootstrap)
+    decision = decide(report, limits)
+    report["gate"] = decision.as_dict()
+    base = Contender(job.input("artifacts/pretrain/model"), job.device)
+    write_report(job.output, report)
+    write_answers(job.output, prompts, judged)
+    write_samples(job.output, prompts[: options.samples], base, judged, options)
+    gain = report["comparisons"]["champion_before"]
+    chosen = ("thumbs_up_rate", "kl_per_answer", "relevance", "distinct_answers", "most_common_share", "perplexity")
+    return {
+        "prompts": len(prompts),
+        **{key: report["candidate"][key] for key in chosen},
+        "thumbs_up_gain": gain["thumbs_up_gain"],
+        "win_rate": gain["win_rate"],
+        "promote": int(decision.promote),
+    }
+
+
+# ---------------------------------------------------------------- who, and on what
+
+
+def find_contenders(job: Job) -> dict[str, Contender]:
+    """SFT, champion and candidate. Raises ValueError when champion.json does not name the weights at its path."""
+    named = json.loads(job.input("champion.json").read_text(encoding="utf-8"))
+    folder = job.root / named["path"]
+    if not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(f"champion.json names {named['path']}, which is missing: run the flow, it writes both")
+    champion = Contender(folder, job.device)
+    if champion.hash != named["model_hash"]:
+        raise ValueError(
+            f"champion.json names model {named['model_hash'][:12]}, but {named['path']} holds {champion.hash[:12]}: "
+            "the folder was changed; run the flow, it restores the champion's folder"
+        )
+    return {
+        "sft": Contender(job.input("artifacts/sft/model"), job.device),
+        "champion_before": champion,
+        "candidate": Contender(job.input("artifacts/ppo/model"), job.device),
+    }
+
+
+def read_prompts(path: Path, seed: int) -> list[Prompt]:
+    """The prompts of the report's bucket, in the order of their ids (which are hashes: a shuffle that never changes)."""
+    with path.open(encoding="utf-8") as file:
+        rows = sorted((json.loads(line) for line in file), key=lambda row: row["id"])
+    return [Prompt(row["id"], row["messages"], stream_seed(seed, row["id"])) for row in rows]
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """A number for one prompt's random stream."""
+    return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:8], 16)
+
+
+def fitting(prompts: list[Prompt], contenders: Sequence[Contender], max_new_tokens: int) -> list[Prompt]:
+    """The prompts that leave every contender room for a whole answer, so that all answer the same ones."""
+    tongues = {(c.folder / "tokenizer.json").read_bytes(): c.tokenizer for c in contenders}
+    room = min(c.model.config.context_length for c in contenders) - max_new_tokens
+    return [p for p in prompts if all(len(t.encode_chat(p.messages)) <= room for t in tongues.values())]
+
+
+# ---------------------------------------------------------------- measuring one model
+
+
+def judge(
+    contender: Contender,
+    sft: Contender,
+    prompts: Sequence[Prompt],
+    heldout: np.ndarray,
+    options: JudgeOptions,
+    language: str,
+    seed: int,
+) -> Judged:
+    """Let one model answer every prompt once, and measure its answers."""
+    tokenizer, stop = contender.tokenizer, contender.tokenizer.stop_id
+    asked = [tokenizer.encode_chat(p.messages) for p in prompts]
+    answers = [
+        a.ids
+        for a in generate(
+            contender.model,
+            asked,
+            stop_id=stop,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seeds=[p.seed for p in prompts],
+            width=options.width,
+        )
+    ]
+    texts = [tokenizer.decode(ids).strip() for ids in answers]
+    comparable = contender.speaks_as(sft)
+    if comparable:
+        own, under_sft = asked, answers
+    else:
+        own = [sft.tokenizer.encode_chat(p.messages) for p in prompts]
+        room = sft.model.config.context_length - max(map(len, own))
+        under_sft = [[*sft.tokenizer.encode(t)[: room - 1], sft.tokenizer.stop_id] for t in texts]
+    opinions = [sentiment.second_opinion(t, language) for t in texts]
+    return Judged(
+        model_hash=contender.hash,
+        texts=texts,
+        tokens=[len(ids) - (ids[-1] == stop) for ids in answers],
+        thumbs=[sentiment.thumb(t, language) for t in texts],
+        seconds=[bool(o) for o in opinions] if None not in opinions else None,
+        kl=kl_per_answer(contender.model, sft.model, asked, answers) if comparable else None,
+        relevance=relevance(sft.model, own, under_sft, seed),
+        perplexity=perplexity(contender.model, heldout) if comparable else None,
+    )
+
+
+def kl_per_answer(
+    model: Transformer, reference: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[float]:
+    """Σ over an answer's tokens of log π(token) − log π_ref(token), in nats: the estimator k1, unbiased over π's samples."""
+    ours, theirs = (total_logprobs(m, prompts, answers) for m in (model, reference))
+    return [float(x) for x in ours - theirs]
+
+
+def relevance(
+    model: Transformer,
+    prompts: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    seed: int,
+    others: int = OTHER_PROMPTS,
+) -> list[float]:
+    """How much better an answer fits its own prompt than another's: nats per answer, under `model`.
+
+    log p(answer | its prompt) less the mean of log p(answer | another prompt) over a few prompts. The pairing is drawn
+    from the seed and is the same for all models of a report; nobody is ever paired with himself.
+    """
+    n = len(prompts)
+    order = np.random.default_rng(seed).permutation(n)
+    room = model.config.context_length
+    own = total_logprobs(model, prompts, answers)
+    foreign = []
+    for shift in range(1, min(others, n - 1) + 1):
+        partner = np.empty(n, dtype=np.int64)
+        partner[order] = np.roll(order, shift)
+        paired = [prompts[p][-(room - len(a)) :] for p, a in zip(partner.tolist(), answers, strict=True)]
+        foreign.append(total_logprobs(model, paired, answers))
+    return [float(x) for x in own - np.mean(foreign, axis=0)]
+
+
+def total_logprobs(model: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
+    """log p(answer | prompt) in nats: [answers]."""
+    return np.array([sum(row) for row in sequence_logprobs(model, prompts, answers)], dtype=np.float64)
+
+
+def perplexity(model: Transformer, stream: np.ndarray) -> float:
+    """exp of the mean negative log-probability of a token of `stream` [tokens], read in windows of the context's length.
+
+    Each window's first token is only context. Raises ValueError for a stream of fewer than two tokens.
+    """
+    size = model.config.context_length
+    windows = [[int(t) for t in stream[i : i + size]] for i in range(0, len(stream) - 1, size)]
+    windows = [w for w in windows if len(w) > 1]
+    if not windows:
+        raise ValueError("artifacts/tokenize/pretrain.heldout.npy holds no text: perplexity needs some")
+    rows = sequence_logprobs(model, [w[:1] for w in windows], [w[1:] for w in windows])
+    return float(np.exp(-np.mean(np.concatenate(rows))))
+
+
+# ---------------------------------------------------------------- the report
+
+
+def make_report(judged: dict[str, Judged], *, seed: int, language: str, resamples: int) -> dict[str, Any]:
+    """Everything of report.json but the gate's decision: pure in what was measured."""
+    candidate = judged["candidate"]
+    return {
+        "seed": seed,
+        "prompts": len(candidate.texts),
+        "language": language,
+        "judges": {
+            "thumbs_up": "VADER compound >= 0.05" if language == "en" else "SnowNLP sentiment > 0.6",
+            "second_judge": "TextBlob polarity > 0, never used for rating" if candidate.seconds else None,
+        },
+        **{role: figures_of(judged[role], resamples, seed) for role in ROLES},
+        "comparisons": {
+            role: compare(candidate, judged[role], resamples, seed) for role in ROLES if role != "candidate"
+        },
+    }
+
+
+def figures_of(judged: Judged, resamples: int, seed: int) -> dict[str, Any]:
+    """One model's figures. Rates with Wilson's interval, means with a bootstrap interval, as <name>, _low and _high."""
+    n = len(judged.texts)
+    text, share = figures.most_common(judged.texts)
+    out: dict[str, Any] = {"model_hash": judged.model_hash}
+    out |= spread("thumbs_up_rate", figures.wilson(sum(judged.thumbs), n))
+    if judged.seconds is not None:
+        out |= spread("second_judge_rate", figures.wilson(sum(judged.seconds), n))
+    if judged.kl is not None:
+        out |= spread("kl_per_answer", figures.bootstrap_mean(judged.kl, resamples=resamples, seed=seed))
+    out |= spread("relevance", figures.bootstrap_mean(judged.relevance, resamples=resamples, seed=seed))
+    out |= {
+        "relevance_per_token": rounded(sum(judged.relevance) / max(1, sum(judged.tokens))),
+        "length_characters": rounded(float(np.mean([len(t) for t in judged.texts]))),
+        "length_tokens": rounded(float(np.mean(judged.tokens))),
+        "distinct_answers": rounded(figures.distinct_share(judged.texts)),
+        "most_common_share": rounded(share),
+        "most_common_answer": text,
+        "character_distinct_4": rounded(figures.character_distinct(judged.texts)),
+    }
+    if judged.perplexity is not None:
+        out["perplexity"] = rounded(judged.perplexity)
+    return out
+
+
+def compare(candidate: Judged, other: Judged, resamples: int, seed: int) -> dict[str, Any]:
+    """The candidate against another model, prompt by prompt, with paired-bootstrap intervals.
+
+    win_rate: by thumbs, half a win for a tie. length_ratio: in characters. second_judge_gain is None without a judge.
+    """
+    draw = {"resamples": resamples, "seed": seed}
+    wins = figures.win_rate(candidate.thumbs, other.thumbs, **draw)
+    out: dict[str, Any] = {"model_hash": other.model_hash}
+    out |= spread("thumbs_up_gain", figures.paired_bootstrap(candidate.thumbs, other.thumbs, **draw))
+    if candidate.seconds is not None and other.seconds is not None:
+        out |= spread("second_judge_gain", figures.paired_bootstrap(candidate.seconds, other.seconds, **draw))
+    else:
+        out["second_judge_gain"] = None
+    out |= spread("win_rate", Interval(wins["value"], wins["low"], wins["high"]))
+    out |= {name: wins[name] for name in ("wins", "ties", "losses")}
+    out["relevance_kept"] = ratio(float(np.mean(candidate.relevance)), float(np.mean(other.relevance)))
+    out["perplexity_ratio"] = ratio(candidate.perplexity, other.perplexity)
+    lengths = [float(np.mean([len(t) for t in side.texts])) for side in (candidate, other)]
+    out["length_ratio"] = ratio(*lengths)
+    return out
+
+
+def spread(name: str, interval: Interval) -> dict[str, float]:
+    """{"x": value, "x_low": …, "x_high": …}: flat, because DVC and MLflow compare numbers under one name each."""
+    found = interval.as_dict(DIGITS)
+    return {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    """over / under; None where it says nothing."""
+    return None if over is None or under is None or under <= 0 else rounded(over / under)
+
+
+def rounded(number: float) -> float:
+    """To the report's digits, so that last bits do not make another report."""
+    return round(float(number), DIGITS)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """report.json, and figures.csv with a line a figure and model, for plots."""
+    text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=True)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "figures.csv").open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["model", "figure", "value", "low", "high"])
+        for role in ROLES:
+            found = report[role]
+            for name, value in found.items():
+                if isinstance(value, float) and not name.endswith(("_low", "_high")):
+                    lines.writerow([role, name, value, found.get(f"{name}_low", ""), found.get(f"{name}_high", "")])
+
+
+def write_answers(folder: Path, prompts: Sequence[Prompt], judged: dict[str, Judged]) -> None:
+    """answers.jsonl: a line a prompt with every model's answer and what was measured of it."""
+    with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(prompts):
+            row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.text}
+            for role, found in judged.items():
+                row[role] = {
+                    "text": found.texts[i],
+                    "tokens": found.tokens[i],
+                    "thumb": found.thumbs[i],
+                    "second": found.seconds[i] if found.seconds is not None else None,
+                    "kl": rounded(found.kl[i]) if found.kl is not None else None,
+                    "relevance": rounded(found.relevance[i]),
+                }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_samples(
+    folder: Path, prompts: Sequence[Prompt], base: Contender, judged: dict[str, Judged], options: JudgeOptions
+) -> None:
+    """samples.jsonl: the first prompts answered by base, SFT and PPO model, side by side.
+
+    The base model has seen no chat template, so it continues the prompt as plain text, up to the first end of a line.
+    """
+    tokenizer = base.tokenizer
+    plain = [[tokenizer.end_of_text_id, *tokenizer.encode(p.text + "\n")] for p in prompts]
+    room = base.model.config.context_length - options.max_new_tokens
+    continued = generate(
+        base.model,
+        [ids[-room:] for ids in plain],
+        stop_id=tokenizer.end_of_text_id,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seeds=[p.seed for p in prompts],
+        width=options.width,
+    )
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for i, (prompt, answer) in enumerate(zip(prompts, continued, strict=True)):
+            text = tokenizer.decode(answer.ids).strip()
+            row = {
+                "prompt": prompt.text,
+                "base": text.splitlines()[0] if text else "",
+                "sft": judged["sft"].texts[i],
+                "ppo": judged["candidate"].texts[i],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,243 @@
+"""The judge, on real tiny models: figures against values worked out another way, and the whole stage body."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flows import judge
+from flows.judge import Contender, Judged, JudgeOptions, Prompt
+from models.checkpoint import model_hash, save_model
+from models.config import ModelConfig
+from models.corpus import text_stream
+from models.job import Job
+from models.rollout import generate
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+
+SPEECH = "I love the good day and you hate a bad night so what do we say yes no maybe great awful fine"
+WORDS = SPEECH.split()
+DEPS = (
+    "artifacts/sft/model",
+    "artifacts/ppo/model",
+    "artifacts/pretrain/model",
+    "artifacts/tokenize",
+    "artifacts/curate",
+    "champion.json",
+)
+OPTIONS = {"prompts": 12, "max_new_tokens": 8, "width": 4, "bootstrap": 200, "perplexity_tokens": 300, "samples": 3}
+
+
+def sentences(count: int) -> list[str]:
+    draw = np.random.default_rng(3)
+    return [" ".join(draw.choice(WORDS, size=4)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(sentences(300), 300)
+
+
+def tiny(tokenizer: Tokenizer, seed: int | None) -> Transformer:
+    """A random model; with seed None, one that gives every token the same probability."""
+    torch.manual_seed(seed or 0)
+    config = ModelConfig(16, 1, 2, 2, 32, 64, vocab_size=tokenizer.vocab_size)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4)
+        if seed is None:
+            model.embedding.weight.zero_()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in {"pretrain": 1, "sft": 2, "ppo": 3, "uniform": None}.items():
+        save_model(tiny(tokenizer, seed), root / name, tokenizer)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture
+def workspace(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> Path:
+    for stage in ("pretrain", "sft", "ppo"):
+        shutil.copytree(folders[stage], tmp_path / "artifacts" / stage / "model")
+    curate, tokenize = tmp_path / "artifacts/curate", tmp_path / "artifacts/tokenize"
+    curate.mkdir()
+    tokenize.mkdir()
+    rows = [{"id": f"{i:016x}", "messages": [{"role": "user", "content": t}]} for i, t in enumerate(sentences(30))]
+    (curate / "prompts.report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    np.save(tokenize / "pretrain.heldout.npy", text_stream(tokenizer, sentences(60)))
+    name_champion(tmp_path, "artifacts/sft/model")
+    return tmp_path
+
+
+def name_champion(root: Path, path: str) -> None:
+    content = {"model_hash": model_hash(root / path), "path": path}
+    (root / "champion.json").write_text(json.dumps(content))
+
+
+def run(root: Path, name: str = "out", gate: dict[str, Any] | None = None) -> tuple[dict[str, Any], Path]:
+    output = root / name
+    output.mkdir()
+    params = {"seed": 7, "judge": OPTIONS, "gate": gate or {}}
+    result = judge.run(Job("judge", root, DEPS, output, root / "work", params))
+    report = json.loads((output / "report.json").read_text())
+    assert result["prompts"] == report["prompts"]
+    return report, output
+
+
+def test_the_whole_stage(workspace: Path) -> None:
+    report, output = run(workspace)
+    assert set(report) == {
+        *("seed", "prompts", "language", "judges", "sft", "champion_before", "candidate", "comparisons", "gate")
+    }
+    assert (report["seed"], report["prompts"]) == (7, 12)
+    assert report["sft"] == report["champion_before"]  # the SFT model is the first champion
+    assert report["sft"]["model_hash"] != report["candidate"]["model_hash"]
+    assert report["sft"]["kl_per_answer"] == 0.0
+    assert report["candidate"]["kl_per_answer"] > 0
+    assert report["gate"]["decision"] == "keep"
+    assert any("12 prompts" in reason for reason in report["gate"]["reasons"])
+
+    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in answers] == [f"{i:016x}" for i in range(12)]
+    rate = sum(row["candidate"]["thumb"] for row in answers) / 12
+    assert report["candidate"]["thumbs_up_rate"] == pytest.approx(rate, abs=1e-6)
+    kl = sum(row["candidate"]["kl"] for row in answers) / 12
+    assert report["candidate"]["kl_per_answer"] == pytest.approx(kl, abs=1e-5)
+    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3
+    assert [row["ppo"] for row in samples] == [row["candidate"]["text"] for row in answers[:3]]
+    assert (output / "figures.csv").read_text().startswith("model,figure,value,low,high\nsft,thumbs_up_rate,")
+
+
+def test_equal_inputs_give_equal_bytes(workspace: Path) -> None:
+    _, first = run(workspace, "first")
+    _, second = run(workspace, "second")
+    assert sorted(p.name for p in first.iterdir()) == ["answers.jsonl", "figures.csv", "report.json", "samples.jsonl"]
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+def test_a_candidate_equal_to_the_champion_gains_nothing(workspace: Path, folders: dict[str, Path]) -> None:
+    shutil.rmtree(workspace / "artifacts/ppo/model")
+    shutil.copytree(folders["sft"], workspace / "artifacts/ppo/model")
+    report, _ = run(workspace, gate={"min_prompts": 2, "max_most_common": 1.0, "min_distinct": 0.0})
+    against = report["comparisons"]["champion_before"]
+    assert (against["thumbs_up_gain"], against["ties"], against["win_rate"]) == (0.0, 1.0, 0.5)
+    assert (against["perplexity_ratio"], against["length_ratio"]) == (1.0, 1.0)
+    assert report["gate"]["checks"]["thumbs"] is False
+
+
+def test_a_champion_that_is_neither_is_judged_itself(workspace: Path, folders: dict[str, Path]) -> None:
+    place = workspace / ".thumbwheel/models/champion"
+    shutil.copytree(folders["uniform"], place)
+    name_champion(workspace, ".thumbwheel/models/champion")
+    report, _ = run(workspace)
+    vocabulary = json.loads((place / "config.json").read_text())["vocab_size"]
+    assert report["champion_before"]["perplexity"] == pytest.approx(vocabulary, rel=1e-4)
+    assert len({report[role]["model_hash"] for role in judge.ROLES}) == 3
+
+
+def test_a_champion_with_another_tokenizer_still_answers(workspace: Path, tmp_path: Path) -> None:
+    other = Tokenizer.train(sentences(50), 290)
+    save_model(tiny(other, 9), workspace / ".thumbwheel/models/old", other)
+    name_champion(workspace, ".thumbwheel/models/old")
+    report, _ = run(workspace)
+    assert "kl_per_answer" not in report["champion_before"]
+    assert "perplexity" not in report["champion_before"]
+    assert isinstance(report["champion_before"]["relevance"], float)
+    assert report["comparisons"]["champion_before"]["perplexity_ratio"] is None
+
+
+def test_a_changed_champion_folder_is_noticed(workspace: Path) -> None:
+    content = {"model_hash": "0" * 64, "path": "artifacts/sft/model"}
+    (workspace / "champion.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"champion\.json names model 0{12}, but artifacts/sft/model holds"):
+        run(workspace)
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(folders: dict[str, Path]) -> None:
+    contender = Contender(folders["uniform"])
+    found = judge.perplexity(contender.model, np.arange(150) % 7)
+    assert found == pytest.approx(contender.tokenizer.vocab_size, rel=1e-5)
+    with pytest.raises(ValueError, match="holds no text"):
+        judge.perplexity(contender.model, np.array([3]))
+
+
+def test_kl_to_a_uniform_model_is_what_the_rollout_said_plus_log_of_the_vocabulary(folders: dict[str, Path]) -> None:
+    model, uniform = Contender(folders["ppo"]), Contender(folders["uniform"])
+    prompts = [model.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in sentences(5)]
+    answers = generate(model.model, prompts, stop_id=model.tokenizer.stop_id, max_new_tokens=6, seeds=range(5), width=2)
+    found = judge.kl_per_answer(model.model, uniform.model, prompts, [a.ids for a in answers])
+    expected = [sum(a.logprobs) + len(a.ids) * math.log(model.tokenizer.vocab_size) for a in answers]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_relevance_is_own_less_the_mean_of_every_other_prompt(folders: dict[str, Path]) -> None:
+    """With three prompts and two others each, the pairing is everyone against everyone."""
+    sft = Contender(folders["sft"])
+    prompts = [sft.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in sentences(3)]
+    answers = [sft.tokenizer.encode(t) for t in ("yes", "no maybe", "fine day")]
+    found = judge.relevance(sft.model, prompts, answers, seed=1, others=2)
+    table = [[float(judge.total_logprobs(sft.model, [p], [a])[0]) for p in prompts] for a in answers]
+    expected = [table[i][i] - (sum(table[i]) - table[i][i]) / 2 for i in range(3)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    uniform = Contender(folders["uniform"])
+    assert judge.relevance(uniform.model, prompts, answers, seed=1) == pytest.approx([0, 0, 0], abs=1e-4)
+
+
+def judged(thumbs: list[bool], texts: list[str]) -> Judged:
+    n = len(texts)
+    return Judged("h" * 64, texts, [len(t.split()) for t in texts], thumbs, thumbs, [1.0] * n, [0.5] * n, 10.0)
+
+
+def test_report_by_hand() -> None:
+    before = judged([True, False, False, False], ["a b", "c", "d", "e"])
+    after = judged([True, True, True, False], ["Yeah", "Yeah", "Yeah", "e"])
+    report = judge.make_report(
+        {"sft": before, "champion_before": before, "candidate": after}, seed=1, language="en", resamples=100
+    )
+    candidate, against = report["candidate"], report["comparisons"]["champion_before"]
+    assert candidate["thumbs_up_rate"] == 0.75
+    assert candidate["kl_per_answer"] == candidate["kl_per_answer_low"] == 1.0
+    assert (candidate["most_common_answer"], candidate["most_common_share"]) == ("Yeah", 0.75)
+    assert candidate["distinct_answers"] == 0.5
+    assert candidate["length_characters"] == 3.25
+    assert candidate["character_distinct_4"] == pytest.approx(1 / 3, abs=1e-6)
+    assert candidate["relevance_per_token"] == 0.5
+    assert against["thumbs_up_gain"] == 0.5
+    assert (against["wins"], against["ties"], against["losses"]) == (0.5, 0.5, 0.0)
+    assert against["win_rate"] == 0.75
+    assert against["length_ratio"] == pytest.approx(3.25 / 1.5, abs=1e-6)
+    assert (against["relevance_kept"], against["perplexity_ratio"]) == (1.0, 1.0)
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out(folders: dict[str, Path]) -> None:
+    sft = Contender(folders["sft"])
+    short = Prompt("a", [{"role": "user", "content": "yes"}], 1)
+    long = Prompt("b", [{"role": "user", "content": "yes " * 100}], 1)
+    assert judge.fitting([short, long], [sft], 8) == [short]
+
+
+@pytest.mark.parametrize("change", [{"prompts": 0}, {"temperature": 0.0}, {"bootstrap": 0}])
+def test_impossible_options_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        JudgeOptions(**change)
+
+
+def test_random_streams_differ_by_prompt_and_by_seed() -> None:
+    make: Callable[[int, str], int] = judge.stream_seed
+    assert make(1, "a") == make(1, "a")
+    assert len({make(1, "a"), make(1, "b"), make(2, "a")}) == 3
