@@ -137,10 +137,14 @@ def fixed_environment(root: Path) -> dict[str, str]:
     }
 
 
-def _server_environment(root: Path) -> dict[str, str]:
+def _server_environment(root: Path, port: int) -> dict[str, str]:
     """Settings that only the servers read."""
     state = state_folder(root)
     return {
+        # Prefect's page would look for the API on its default port
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{state / 'prefect.db'}",
         # a killed flow run must not hold its place for the default five minutes, nor a restart forget who holds one
         "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "60",
@@ -261,8 +265,9 @@ def _launch(root: Path, name: str, owner: str) -> Server:
     log = log_path(root, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     ready_path(root, name).unlink(missing_ok=True)
-    env = os.environ | environment(root) | _server_environment(root)
+    env = os.environ | environment(root)
     if name in CORE:
+        env |= _server_environment(root, port)
         for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             env.pop(variable, None)
     with log.open("ab") as output:
