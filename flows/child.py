@@ -85,7 +85,7 @@ def _read(events: Any, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]
         event = json.loads(line)
         if event["event"] in ("done", "error"):
             last = event
-        else:
+        elif event["event"] != "alive":
             emit(event)
     return last
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from flows.files import write_text
@@ -66,17 +67,14 @@ def machine(root: Path, *, threads: int | None = None, device: str = "") -> Mach
     and stored in .thumbwheel/machine.json. `device`: "cpu" or "cuda"; by default cuda where there is one.
     """
     stored = _stored(root)
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if _has_cuda() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"THUMBWHEEL_DEVICE is {device!r}; it must be cpu or cuda")
     if threads is None:
         if "threads" not in stored:
             stored = _store(root, threads=fastest_threads())
         threads = int(stored["threads"])
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
-    return Machine(workspace_id(root), device, name, threads, torch.__version__)
+    return Machine(workspace_id(root), device, device_model(device), threads, version("torch"))
 
 
 def workspace_id(root: Path) -> str:
@@ -87,8 +85,20 @@ def workspace_id(root: Path) -> str:
     return str(stored["workspace"])
 
 
-def cpu_model() -> str:
-    """The CPU's name as the system tells it."""
+def _has_cuda() -> bool:
+    if not Path("/dev/nvidiactl").exists():
+        return False  # spares a second of importing torch
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_model(device: str) -> str:
+    """The name of the GPU ("cuda") or CPU ("cpu"), as the system tells it."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

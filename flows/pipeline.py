@@ -105,14 +105,6 @@ def hash_outs(root: Path, name: str) -> dict[str, str]:
     return _locked(work)
 
 
-def code_deps(root: Path) -> dict[str, list[str]]:
-    """Every stage of dvc.yaml with its source files."""
-    from flows.settings import yaml
-
-    stages = yaml().load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return {name: [dep for dep in stage["deps"] if dep.endswith(".py")] for name, stage in stages.items()}
-
-
 @contextmanager
 def _stage(root: Path, name: str) -> Iterator[tuple[Any, Any]]:
     from dvc.exceptions import DvcException
@@ -186,7 +178,7 @@ def _describe(stage: Any, how: str) -> Look:
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
     """Sections as plain dicts, dotted names ("ppo.seed") unfolded."""
-    from flows.settings import merge
+    from flows.values import merge
 
     return merge({}, values)
 

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows.settings import environment, flatten
+from flows.environment import environment
+from flows.values import flatten
 
 EXPERIMENT = "thumbwheel"
 MODEL = "thumbwheel"

@@ -21,10 +21,10 @@ from typing import Any
 
 from flows import files, pipeline
 from flows.child import CODE, TRAINING, run_child
+from flows.environment import environment
 from flows.machine import Machine, machine
 from flows.pipeline import Look
 from flows.progress import Progress
-from flows.settings import environment
 from flows.workspace import hold, writer
 from models.job import Job
 
@@ -196,9 +196,10 @@ def _run_body(seen: Look, root: Path, here: Machine, work: Path, lock: int, emit
         }
         log_path = root / ".thumbwheel" / "logs" / f"{seen.name}.log"
         return run_child(spec, command=body.command, work=work, log=log_path, emit=emit, lock=lock)
-    import torch
+    if any(path.startswith("models/") and path != "models/job.py" for path in seen.deps):
+        import torch
 
-    torch.set_num_threads(here.threads)
+        torch.set_num_threads(here.threads)
     job = Job(seen.name, root, tuple(seen.deps), output, work, seen.params, here.device, here.threads, emit)
     return dict(importlib.import_module(body.module).run(job))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,13 +32,25 @@ train: {steps: 20, sleep: 0.0, kill_at: 0, fail_at: 0}
 """
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables without a row: making them takes seconds, copying them does not."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace `tmp_path/ws` with the stages grind and train, threads set to 1."""
+def workspace(tmp_path: Path, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace `tmp_path/miniature` with the stages grind and train, threads set to 1."""
     from dvc.repo import Repo
 
-    root = tmp_path / "ws"
+    root = tmp_path / "miniature"
     (root / "data").mkdir(parents=True)
+    (root / ".thumbwheel").mkdir()
+    shutil.copy(empty_mlflow, root / ".thumbwheel" / "mlflow.db")
     (root / "data" / "grain.txt").write_text("corn ")
     main = HERE / "tiny_main.py"
     (root / "dvc.yaml").write_text(DVC_YAML.format(python=sys.executable, main=main))
