@@ -98,8 +98,7 @@ def run(root: Path, keep: bool, console: Console) -> int:
         if failure:
             console.print("\n✘ " + failure, style="red", markup=False, highlight=False)
             return 1
-        outcome = json.loads(outcome_path(root).read_text(encoding="utf-8"))
-        summary.show(root, outcome["answers"], console)
+        summary.show(root, console)
         peak = f"peak memory {memory.peak / 1e9:.2f} GB (all processes, servers included)"
         console.print(f"\ndone in {time.monotonic() - began:.1f} s, {peak}", highlight=False)
         summary.where_to_look(root, keep, console)

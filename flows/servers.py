@@ -95,7 +95,7 @@ def _mlflow(root: Path, port: int) -> list[str]:
 def _service(root: Path, port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "feedback.service", "--host", "127.0.0.1", "--port", str(port)),
-        *("--database-url", database_url(root), "--models-root", str(root), "--threads", "1"),
+        *("--database-url", database_url(root), "--models-root", str(state_folder(root) / "models"), "--threads", "1"),
     ]
 
 
@@ -241,22 +241,30 @@ def start(root: Path, names: Iterable[str] = CORE, owner: str = "up") -> dict[st
     """Start those of `names` that do not run, all at once, and return when every one answers.
 
     A server that another command started is reused; owner "up" takes it over, so that a demo does not end it.
-    Raises ServerError with the end of the log when one exits, or does not answer within 90 seconds.
+    Raises ServerError with the end of the log when one exits, or does not answer within 90 seconds; what this call
+    started is then ended again.
     """
     wanted = list(names)
     with _locked(root):
         servers = read(root)
-        for name in wanted:
-            known = servers.get(name)
-            if known and known.alive and healthy(root, known):
-                servers[name] = replace(known, owner=owner if owner == "up" else known.owner)
-                continue
-            if known:
-                _end(root, known)  # it lives and does not answer, or died and left workers behind
-            servers[name] = _launch(root, name, owner)
+        launched = []
+        try:
+            for name in wanted:
+                known = servers.get(name)
+                if known and known.alive and healthy(root, known):
+                    servers[name] = replace(known, owner=owner if owner == "up" else known.owner)
+                else:
+                    if known:
+                        _end(root, known)  # it lives and does not answer, or died and left workers behind
+                    servers[name] = _launch(root, name, owner)
+                    launched.append(name)
+                _write(root, servers)
+            _wait(root, [servers[name] for name in wanted])
+        except BaseException:
+            for name in launched:
+                _end(root, servers.pop(name))
             _write(root, servers)
-        _write(root, servers)
-        _wait(root, [servers[name] for name in wanted])
+            raise
         return {name: servers[name] for name in wanted}
 
 

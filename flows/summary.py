@@ -14,6 +14,7 @@ from rich.text import Text
 from flows import servers
 
 ORDER = ("curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward", "ppo", "judge")
+SHOWN_PROMPTS = 6
 MODELS = (("sft", "SFT"), ("champion_before", "champion before"), ("candidate", "candidate (PPO)"))
 
 
@@ -32,7 +33,7 @@ def report_path(root: Path) -> Path:
     return root / "artifacts" / "judge" / "report.json"
 
 
-def show(root: Path, answers: list[dict[str, str]], console: Console) -> None:
+def show(root: Path, console: Console) -> None:
     """The judge's table, the gate's decision with its reasons, and the answers side by side."""
     report = json.loads(report_path(root).read_text(encoding="utf-8"))
     console.print()
@@ -41,9 +42,10 @@ def show(root: Path, answers: list[dict[str, str]], console: Console) -> None:
     console.print(f"gate: {gate['decision']}", style="bold green" if gate["decision"] == "promote" else "bold yellow")
     for reason in gate["reasons"]:
         console.print(f"  - {reason}", markup=False, highlight=False)
-    if answers:
-        console.print()
-        console.print(answers_table(answers))
+    samples = root / "artifacts" / "judge" / "samples.jsonl"
+    answers = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[:SHOWN_PROMPTS]]
+    console.print()
+    console.print(answers_table(answers))
 
 
 def judge_table(report: Mapping[str, Any]) -> Table:

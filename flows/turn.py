@@ -1,4 +1,4 @@
-"""One turn of the wheel in a process of its own: data, then the flow `align`, then the same prompts answered by all models.
+"""One turn of the wheel in a process of its own: data, then the flow `align`.
 
 `thumbwheel demo` starts it, so that whatever the libraries print goes to one log, and a crash of theirs ends with a
 message. It tells its progress in .thumbwheel/progress.jsonl, leaves its outcome in .thumbwheel/outcome.json, waits
@@ -21,11 +21,9 @@ from typing import Any
 from flows import servers
 from flows.progress import Progress
 
-SHOWN_PROMPTS = 6
-
 
 def outcome_path(root: Path) -> Path:
-    """Where a turn leaves {"ok", "message", "answers"}."""
+    """Where a turn leaves {"ok", "message"}."""
     return servers.state_folder(root) / "outcome.json"
 
 
@@ -47,9 +45,10 @@ def main() -> None:
     """The process: exits 0 when the turn came to its end, 1 with the reason in outcome.json."""
     root = servers.workspace()
     go = _lifeline()
-    outcome: dict[str, Any] = {"ok": False, "message": "", "answers": []}
+    outcome: dict[str, Any] = {"ok": False, "message": ""}
     try:
-        outcome |= {"answers": turn(root, go), "ok": True}
+        turn(root, go)
+        outcome["ok"] = True
     except BaseException as error:
         traceback.print_exc()
         outcome["message"] = _reason(error)
@@ -75,8 +74,8 @@ def _lifeline() -> threading.Event:
     return go
 
 
-def turn(root: Path, go: threading.Event) -> list[dict[str, str]]:
-    """Data, flow, answers. Returns [{"prompt", "base", "sft", "ppo"}, …]."""
+def turn(root: Path, go: threading.Event) -> None:
+    """See to data/, wait for the servers, run the flow."""
     from flows import ingest, settings
 
     options = settings.load(root).data
@@ -85,7 +84,6 @@ def turn(root: Path, go: threading.Event) -> list[dict[str, str]]:
     align = _import_flow(root)
     go.wait()
     align()
-    return side_by_side(root)
 
 
 def _import_flow(root: Path) -> Callable[[], Any]:
@@ -108,37 +106,6 @@ def _reason(error: BaseException) -> str:
     )
     ours = type(error).__module__.split(".")[0] in ("flows", "feedback", "models")
     return text if text and (expected or ours) else f"{type(error).__name__}: {text}"
-
-
-def side_by_side(root: Path, count: int = SHOWN_PROMPTS) -> list[dict[str, str]]:
-    """The first held-out prompts of the report, answered by the base, the SFT and the PPO model with the same seeds."""
-    import torch
-
-    from models.checkpoint import load_model
-    from models.rollout import generate
-    from models.tokenizer import Tokenizer
-
-    torch.set_num_threads(1)
-    with (root / "artifacts/curate/prompts.report.jsonl").open(encoding="utf-8") as file:
-        conversations = [json.loads(line)["messages"] for line, _ in zip(file, range(count), strict=False)]
-    shown = [{"prompt": messages[-1]["content"]} for messages in conversations]
-    for name, stage in (("base", "pretrain"), ("sft", "sft"), ("ppo", "ppo")):
-        folder = root / "artifacts" / stage / "model"
-        tokenizer, model = Tokenizer.load(folder), load_model(folder)
-        answers = generate(
-            model,
-            [tokenizer.encode_chat(messages) for messages in conversations],
-            stop_id=tokenizer.stop_id,
-            max_new_tokens=32,
-            temperature=0.7,
-            top_p=1.0,
-            top_k=0,
-            seeds=list(range(len(conversations))),
-            width=8,
-        )
-        for row, answer in zip(shown, answers, strict=True):
-            row[name] = tokenizer.decode(answer.ids)
-    return shown
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def test_a_server_that_ends_at_once_is_explained_by_its_log(tiny: Path, monkeypa
     )
     with pytest.raises(servers.ServerError, match=r"mlflow ended before it answered(.|\n)*no database here"):
         servers.start(tiny, ["mlflow"])
+    assert servers.read(tiny) == {}
 
 
 def test_a_demo_ends_only_what_a_demo_started(tiny: Path) -> None:
@@ -178,7 +179,8 @@ def test_the_real_servers_start_together_answer_and_leave_nothing(tmp_path: Path
         addresses = {connection.laddr.ip for p in servers.processes(tmp_path) for connection in listening(p)}
         assert addresses == {"127.0.0.1"}
     finally:
-        assert set(servers.stop(tmp_path)) == set(servers.CORE)
+        ended = servers.stop(tmp_path)
+    assert set(ended) == set(servers.CORE)
     assert leftovers(tmp_path) == []
     assert not os.environ.get("PREFECT_API_URL", "").startswith(prefect)
 
