@@ -95,7 +95,7 @@ def insert(
     reason: str,
 ) -> Promotion:
     """Write one row and return it."""
-    values = {
+    values: dict[str, Any] = {
         "action": action,
         "from_hash": from_hash,
         "model_hash": model_hash,
