@@ -22,12 +22,12 @@ from flows.figures import Interval
 from flows.gate import GateOptions, decide
 from models.checkpoint import load_model, model_hash
 from models.job import Job
-from models.rollout import generate, sequence_logprobs
+from models.rollout import Answer, generate, sequence_logprobs
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 ROLES = ("sft", "champion_before", "candidate")
-OTHER_PROMPTS = 4  # how many foreign prompts each answer's relevance is measured against
+OTHER_PROMPTS = 2  # how many foreign prompts each answer's relevance is measured against
 DIGITS = 6
 
 
@@ -35,16 +35,14 @@ DIGITS = 6
 class JudgeOptions:
     """Section `judge` of params.yaml.
 
-    prompts: at most so many of the report's bucket; perplexity_tokens: of held-out text; samples: rows of samples.jsonl.
-    KL is exact at temperature 1 only, where what is sampled is the model itself.
-    """
+    prompts: at most so many of the report's bucket; perplexity_tokens: of held-out text; samples: rows of samples.jsonl."""
 
     prompts: int = 400
     max_new_tokens: int = 32
     temperature: float = 1.0
     width: int = 64
     bootstrap: int = 2000
-    perplexity_tokens: int = 20_000
+    perplexity_tokens: int = 12_000
     samples: int = 20
 
     def __post_init__(self) -> None:
@@ -199,18 +197,16 @@ def judge(
     """Let one model answer every prompt once, and measure its answers."""
     tokenizer, stop = contender.tokenizer, contender.tokenizer.stop_id
     asked = [tokenizer.encode_chat(p.messages) for p in prompts]
-    answers = [
-        a.ids
-        for a in generate(
-            contender.model,
-            asked,
-            stop_id=stop,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seeds=[p.seed for p in prompts],
-            width=options.width,
-        )
-    ]
+    sampled = generate(
+        contender.model,
+        asked,
+        stop_id=stop,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seeds=[p.seed for p in prompts],
+        width=options.width,
+    )
+    answers = [answer.ids for answer in sampled]
     texts = [tokenizer.decode(ids).strip() for ids in answers]
     comparable = contender.speaks_as(sft)
     if comparable:
@@ -219,6 +215,7 @@ def judge(
         own = [sft.tokenizer.encode_chat(p.messages) for p in prompts]
         room = sft.model.config.context_length - max(map(len, own))
         under_sft = [[*sft.tokenizer.encode(t)[: room - 1], sft.tokenizer.stop_id] for t in texts]
+    own_fit = total_logprobs(sft.model, own, under_sft)
     opinions = [sentiment.second_opinion(t, language) for t in texts]
     return Judged(
         model_hash=contender.hash,
@@ -226,36 +223,36 @@ def judge(
         tokens=[len(ids) - (ids[-1] == stop) for ids in answers],
         thumbs=[sentiment.thumb(t, language) for t in texts],
         seconds=[bool(o) for o in opinions] if None not in opinions else None,
-        kl=kl_per_answer(contender.model, sft.model, asked, answers) if comparable else None,
-        relevance=relevance(sft.model, own, under_sft, seed),
+        kl=kl_per_answer(sampled, own_fit) if comparable else None,
+        relevance=relevance(sft.model, own, under_sft, own_fit, seed),
         perplexity=perplexity(contender.model, heldout) if comparable else None,
     )
 
 
-def kl_per_answer(
-    model: Transformer, reference: Transformer, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> list[float]:
-    """Σ over an answer's tokens of log π(token) − log π_ref(token), in nats: the estimator k1, unbiased over π's samples."""
-    ours, theirs = (total_logprobs(m, prompts, answers) for m in (model, reference))
-    return [float(x) for x in ours - theirs]
+def kl_per_answer(sampled: Sequence[Answer], reference: np.ndarray) -> list[float]:
+    """Σ over an answer's tokens of log π(token) − log π_ref(token), in nats: k1, unbiased over what π sampled.
+
+    reference: log π_ref(answer | prompt) in nats, [answers].
+    """
+    return [float(sum(a.logprobs) - r) for a, r in zip(sampled, reference, strict=True)]
 
 
 def relevance(
     model: Transformer,
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
+    own: np.ndarray,
     seed: int,
     others: int = OTHER_PROMPTS,
 ) -> list[float]:
     """How much better an answer fits its own prompt than another's: nats per answer, under `model`.
 
-    log p(answer | its prompt) less the mean of log p(answer | another prompt) over a few prompts. The pairing is drawn
-    from the seed and is the same for all models of a report; nobody is ever paired with himself.
+    own, log p(answer | its prompt) [answers], less the mean of log p(answer | another prompt) over a few prompts. The
+    pairing is drawn from the seed, is the same for all models of a report, and pairs nobody with himself.
     """
     n = len(prompts)
     order = np.random.default_rng(seed).permutation(n)
     room = model.config.context_length
-    own = total_logprobs(model, prompts, answers)
     foreign = []
     for shift in range(1, min(others, n - 1) + 1):
         partner = np.empty(n, dtype=np.int64)

@@ -105,7 +105,7 @@ def test_the_whole_stage(workspace: Path) -> None:
     assert (report["seed"], report["prompts"]) == (7, 12)
     assert report["sft"] == report["champion_before"]  # the SFT model is the first champion
     assert report["sft"]["model_hash"] != report["candidate"]["model_hash"]
-    assert report["sft"]["kl_per_answer"] == 0.0
+    assert report["sft"]["kl_per_answer"] == pytest.approx(0.0, abs=1e-4)
     assert report["candidate"]["kl_per_answer"] > 0
     assert report["gate"]["decision"] == "keep"
     assert any("12 prompts" in reason for reason in report["gate"]["reasons"])
@@ -176,12 +176,16 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(folders: dict[str, Path
         judge.perplexity(contender.model, np.array([3]))
 
 
-def test_kl_to_a_uniform_model_is_what_the_rollout_said_plus_log_of_the_vocabulary(folders: dict[str, Path]) -> None:
+def test_kl_to_a_uniform_model_is_the_answers_log_probability_plus_log_of_the_vocabulary(
+    folders: dict[str, Path],
+) -> None:
     model, uniform = Contender(folders["ppo"]), Contender(folders["uniform"])
     prompts = [model.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in sentences(5)]
     answers = generate(model.model, prompts, stop_id=model.tokenizer.stop_id, max_new_tokens=6, seeds=range(5), width=2)
-    found = judge.kl_per_answer(model.model, uniform.model, prompts, [a.ids for a in answers])
-    expected = [sum(a.logprobs) + len(a.ids) * math.log(model.tokenizer.vocab_size) for a in answers]
+    reference = judge.total_logprobs(uniform.model, prompts, [a.ids for a in answers])
+    found = judge.kl_per_answer(answers, reference)
+    own = judge.total_logprobs(model.model, prompts, [a.ids for a in answers])
+    expected = [o + len(a.ids) * math.log(model.tokenizer.vocab_size) for o, a in zip(own, answers, strict=True)]
     assert found == pytest.approx(expected, abs=1e-3)
 
 
@@ -190,12 +194,14 @@ def test_relevance_is_own_less_the_mean_of_every_other_prompt(folders: dict[str,
     sft = Contender(folders["sft"])
     prompts = [sft.tokenizer.encode_chat([{"role": "user", "content": t}]) for t in sentences(3)]
     answers = [sft.tokenizer.encode(t) for t in ("yes", "no maybe", "fine day")]
-    found = judge.relevance(sft.model, prompts, answers, seed=1, others=2)
+    own = judge.total_logprobs(sft.model, prompts, answers)
+    found = judge.relevance(sft.model, prompts, answers, own, seed=1, others=2)
     table = [[float(judge.total_logprobs(sft.model, [p], [a])[0]) for p in prompts] for a in answers]
     expected = [table[i][i] - (sum(table[i]) - table[i][i]) / 2 for i in range(3)]
     assert found == pytest.approx(expected, abs=1e-4)
     uniform = Contender(folders["uniform"])
-    assert judge.relevance(uniform.model, prompts, answers, seed=1) == pytest.approx([0, 0, 0], abs=1e-4)
+    own = judge.total_logprobs(uniform.model, prompts, answers)
+    assert judge.relevance(uniform.model, prompts, answers, own, seed=1) == pytest.approx([0, 0, 0], abs=1e-4)
 
 
 def judged(thumbs: list[bool], texts: list[str]) -> Judged:
