@@ -12,11 +12,13 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from flows.curate import CurateOptions
 from flows.files import write_text
 from flows.gate import GateOptions
 from flows.ingest import IngestOptions
 from flows.judge import JudgeOptions
 from flows.tokenize import TokenizeOptions
+from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
 from models.config import ModelOptions
 from models.ppo import PPOOptions
@@ -62,6 +64,8 @@ class Params(BaseModel):
 
     seed: int = Field(default=1, ge=0, description="seed of every stage that draws random numbers")
     data: IngestOptions = IngestOptions()
+    curate: CurateOptions = CurateOptions()
+    validation: ValidateOptions = Field(default=ValidateOptions(), alias="validate")  # BaseModel.validate exists
     tokenize: TokenizeOptions = TokenizeOptions()
     model: ModelOptions = ModelOptions()
     pretrain: PretrainOptions = PretrainOptions()
@@ -74,7 +78,7 @@ class Params(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """The values as they stand in params.yaml: dicts, lists, numbers, strings."""
-        return json.loads(self.model_dump_json())
+        return json.loads(self.model_dump_json(by_alias=True))
 
 
 # ---------------------------------------------------------------- reading and checking
@@ -174,7 +178,7 @@ class Changes(BaseModel):
 
     def plain(self) -> dict[str, Any]:
         """Dotted keys of the fields that were given."""
-        return flatten(json.loads(self.model_dump_json(exclude_none=True)))
+        return flatten(json.loads(self.model_dump_json(exclude_none=True, by_alias=True)))
 
 
 @cache
@@ -187,7 +191,7 @@ def changes_model() -> type[Changes]:
             optional: Any = {key: (item | None, None) for key, item in get_type_hints(kind).items()}
             title = (kind.__doc__ or "").strip().splitlines()[0]
             kind = create_model(f"{name.capitalize()}Changes", __base__=_Section, __doc__=title, **optional)
-        fields[name] = (kind | None, Field(None, title=name))
+        fields[name] = (kind | None, Field(None, alias=field.alias, title=field.alias or name))
     return create_model("ParameterChanges", __base__=Changes, **fields)
 
 

@@ -1,0 +1,113 @@
+"""The flow `retrain`: what people said since the last time becomes a new candidate, judged against the champion."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from flows.environment import environment
+from flows.flowrun import FlowRun, open_flow_run
+from flows.settings import Changes, changes_model
+
+if TYPE_CHECKING:
+    from feedback.promotions import Promotion
+    from feedback.store import Store
+
+    ParameterChanges = Changes
+else:
+    ParameterChanges = changes_model()
+
+Preset = Literal["tiny", "micro"]
+MANIFEST = "feedback.manifest.json"
+CHAMPION = "champion.json"
+log = logging.getLogger("thumbwheel.flow")
+
+
+@flow(name="retrain", validate_parameters=True)
+def retrain(preset: Preset | None = None, overrides: ParameterChanges | None = None) -> Any:
+    """Snapshot, reward model, PPO, judge, promotion, on all batches so far, when one of them is open.
+
+    preset, overrides: changed parameters, written into params.yaml first. With no open batch there is nothing to do.
+    """
+    store = open_store()
+    try:
+        with open_flow_run("retrain", preset, overrides.plain() if overrides else None) as run:
+            if not store.open_batches():
+                return nothing_to_do("no batch is open")
+            return learn(run, store)
+    finally:
+        store.close()
+
+
+def learn(run: FlowRun, store: Store) -> dict[str, Any]:
+    """From the batches to a judged and perhaps promoted candidate; the batches in the manifest are then consumed."""
+    manifest = store.manifest()
+    run.write_json(MANIFEST, manifest)
+    run.stage("snapshot")
+    run.stage("reward")
+    run.stage("ppo")
+    name_champion(run, store)
+    run.stage("judge")
+    decision = run.step("promote", lambda emit: promote(run, store))
+    learned = {batch["id"] for batch in manifest["batches"]}
+    for batch in store.open_batches():
+        if batch.id in learned:
+            store.consume_batch(batch.id, run.parent)
+    return decision
+
+
+def name_champion(run: FlowRun, store: Store) -> None:
+    """Write into champion.json whom the candidate has to beat, unless the candidate reigns already.
+
+    Then the file keeps the one whom it has beaten: judging again would compare the candidate with itself.
+    """
+    from models.checkpoint import model_hash
+
+    candidate, reigning = model_hash(run.root / "artifacts/ppo/model"), store.champion()
+    if reigning is None:
+        raise RuntimeError("no model has been promoted yet: run the flow align first")
+    if reigning.model_hash == candidate:
+        if (run.root / CHAMPION).exists():
+            return
+        reigning = _before(store.promotions(), candidate) or reigning
+    run.write_json(CHAMPION, {"model_hash": reigning.model_hash, "path": reigning.model_path})
+
+
+def _before(promotions: list[Promotion], candidate: str) -> Promotion | None:
+    others = [each for each in promotions if each.model_hash != candidate]
+    return others[-1] if others else None
+
+
+def promote(run: FlowRun, store: Store) -> dict[str, Any]:
+    """Apply the gate's decision: the promotion's row, then MLflow's aliases. Returns what was decided."""
+    from flows.promote import promote_candidate
+
+    report = json.loads((run.root / "artifacts/judge/report.json").read_text(encoding="utf-8"))
+    return promote_candidate(run.root, store, report, run.records)
+
+
+def open_store() -> Store:
+    """The feedback database of the workspace, migrated."""
+    from feedback.store import Store
+
+    where = environment()
+    where.state.mkdir(parents=True, exist_ok=True)
+    store = Store(where.feedback_url())
+    store.migrate()
+    return store
+
+
+def nothing_to_do(why: str) -> State[Any]:
+    """The state of a flow run that found nothing to do."""
+    log.info("nothing to do: %s", why)
+    return Completed(name="NothingToDo", message=f"nothing to do: {why}")
+
+
+def workspace_root() -> Path:
+    """The workspace that the flows work on."""
+    return environment().root
