@@ -42,7 +42,7 @@ def bag_of_words_accuracy(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     with torch.no_grad():
         guess = counts(test) @ weight + bias > 0
     return float((guess == torch.tensor([v > 0 for _, v in test])).float().mean())

@@ -27,7 +27,7 @@ def to_huggingface(model: Transformer) -> dict[str, Tensor]:
     out = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
     if model.head is not None:
         out["lm_head.weight"] = model.head.weight
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.layers):
         p = f"model.layers.{i}."
         q, k, v = block.attention.qkv.weight.split([d, kv, kv])
         gate, up = block.gate_up.weight.split([c.intermediate_size] * 2)
@@ -62,7 +62,7 @@ def from_huggingface(config: ModelConfig, tensors: dict[str, Tensor]) -> Transfo
         model.norm.weight.copy_(tensors["model.norm.weight"])
         if model.head is not None:
             model.head.weight.copy_(tensors["lm_head.weight"])
-        for i, block in enumerate(model.blocks):
+        for i, block in enumerate(model.layers):
             p = f"model.layers.{i}."
             block.attention.qkv.weight.copy_(torch.cat([tensors[f"{p}self_attn.{x}_proj.weight"] for x in "qkv"]))
             block.attention.o.weight.copy_(tensors[p + "self_attn.o_proj.weight"])

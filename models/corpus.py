@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.tokenizer import Messages, Tokenizer
+from models.tokenizer import ROLES, Messages, Tokenizer
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -47,11 +47,36 @@ class Sequences:
             return cls(data["tokens"], data["learned"], data["offsets"])
 
 
-def _pack(rows: Sequence[Sequence[tuple[int, bool]]], vocab_size: int) -> Sequences:
-    flat = [pair for row in rows for pair in row]
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    tokens = np.array([t for t, _ in flat], dtype=token_dtype(vocab_size))
-    return Sequences(tokens, np.array([m for _, m in flat], dtype=bool), offsets)
+def _encode(tokenizer: Tokenizer, rows: Sequence[Messages], longest: int, answering: bool) -> tuple[Sequences, int]:
+    """All conversations by the chat template, `longest` tokens at most; how many were longer. Equal, id by id, to
+    Tokenizer.encode_chat_with_mask, but each of the tokenizer's threads works."""
+    words = iter(tokenizer.encode_batch([message["content"] for messages in rows for message in messages]))
+    role_ids = {role: tokenizer.special[token] for role, token in ROLES.items()}
+    tokens: list[int] = []
+    segments: list[int] = []  # lengths of alternating runs: outside the loss, in the loss, outside, …
+    lengths: list[int] = []
+    dropped = 0
+    for messages in rows:
+        ids: list[int] = []
+        runs: list[int] = []
+        for message in messages:
+            content = next(words)
+            learned = message["role"] == "assistant"
+            ids += [role_ids[message["role"]], *content, tokenizer.stop_id]
+            runs += [1, len(content) + 1] if learned else [len(content) + 2, 0]
+        if answering:
+            ids.append(role_ids["assistant"])
+            runs += [1, 0]
+        if len(ids) > longest:
+            dropped += 1
+            continue
+        tokens += ids
+        segments += runs
+        lengths.append(len(ids))
+    learned_runs = np.tile(np.array([False, True]), len(segments) // 2)
+    array = np.array(tokens, dtype=token_dtype(tokenizer.vocab_size))
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return Sequences(array, np.repeat(learned_runs, segments), offsets), dropped
 
 
 def text_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
@@ -65,13 +90,9 @@ def text_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
 
 def conversations(tokenizer: Tokenizer, rows: Sequence[Messages], longest: int) -> tuple[Sequences, int]:
     """Conversations for SFT, and how many were left out for being longer than `longest` tokens (never cut mid-answer)."""
-    encoded = [tokenizer.encode_chat_with_mask(messages) for messages in rows]
-    kept = [row for row in encoded if len(row) <= longest]
-    return _pack(kept, tokenizer.vocab_size), len(encoded) - len(kept)
+    return _encode(tokenizer, rows, longest, answering=False)
 
 
 def prompts(tokenizer: Tokenizer, rows: Sequence[Messages], longest: int) -> tuple[Sequences, int]:
     """Prompts up to where the assistant speaks, and how many were left out for being longer than `longest` tokens."""
-    encoded = [[(id, False) for id in tokenizer.encode_chat(messages)] for messages in rows]
-    kept = [row for row in encoded if len(row) <= longest]
-    return _pack(kept, tokenizer.vocab_size), len(encoded) - len(kept)
+    return _encode(tokenizer, rows, longest, answering=True)

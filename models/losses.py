@@ -45,7 +45,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tens
     hidden [rows, d], weight [V, d], targets [rows], weights [rows]: for a mean over N tokens of the whole batch, give
     1/N for tokens in the loss (the global count, not each micro-batch's own). Returns a scalar.
     """
-    return _CrossEntropy.apply(hidden, weight, targets, weights)  # type: ignore[no-any-return, no-untyped-call]
+    return _CrossEntropy.apply(hidden, weight, targets, weights)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -84,4 +84,4 @@ def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: floa
 
     The temperature divides logits everywhere a policy is asked (sampling, ratio, KL), as in Ziegler et al. 2019.
     """
-    return _LogProbs.apply(hidden, weight, targets, temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return _LogProbs.apply(hidden, weight, targets, temperature)

@@ -269,8 +269,7 @@ def run(job: Job) -> dict[str, Any]:
             )
 
     model.eval()
-    rated = [(r.prompt, answer) for r in train for answer in r.answers]
-    normalise(model, score(model, *zip(*rated, strict=True)))
+    normalise(model, score(model, [r.prompt for r in train for _ in r.answers], [a for r in train for a in r.answers]))
     metrics = evaluate(model, train, heldout, tokenizer) | {"skipped_steps": skipped}
     card = (
         "# thumbwheel reward model\n\nScores an answer at its last token; mean 0 and variance 1 over the rated answers."

@@ -132,7 +132,7 @@ class Engine:
             :, None, None
         ]
         rows = torch.arange(self.width, device=self.device)
-        for layer, block in enumerate(self.model.blocks):
+        for layer, block in enumerate(self.model.layers):
             x = self._decode_block(block, layer, x, cos, sin, mask, rows, at)
         self.lengths += torch.tensor([slot is not None for slot in self.slots])
         return self.model.norm(x) @ self.weights[-1][0]
@@ -176,7 +176,7 @@ class Engine:
 
 def _transposed(model: Transformer) -> list[list[Tensor]]:
     """Weights as [in, out], made once a rollout: several rows times [in, out] runs faster on a CPU than [out, in]."""
-    layers = [[b.attention.qkv, b.attention.o, b.gate_up, b.down] for b in model.blocks]
+    layers = [[b.attention.qkv, b.attention.o, b.gate_up, b.down] for b in model.layers]
     out = [[linear.weight.detach().t().contiguous() for linear in layer] for layer in layers]
     return [*out, [model.head_weight.detach().t().contiguous()]]
 

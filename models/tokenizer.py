@@ -29,11 +29,11 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
         self.inner.encode_special_tokens = True
-        ids = {token: inner.token_to_id(token) for token in SPECIAL}
-        missing = [token for token, id in ids.items() if id is None]
+        found = {token: inner.token_to_id(token) for token in SPECIAL}
+        missing = [token for token, id in found.items() if id is None]
         if missing:
             raise ValueError(f"tokenizer.json lacks the special tokens {', '.join(missing)} of the chat template")
-        self.special: dict[str, int] = ids
+        self.special = {token: id for token, id in found.items() if id is not None}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:

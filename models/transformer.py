@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,11 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
     @property
+    def layers(self) -> list[Block]:
+        """The blocks, with their type."""
+        return cast(list[Block], list(self.blocks))
+
+    @property
     def head_weight(self) -> Tensor:
         """The output layer's weight [V, d]: the embedding itself when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
@@ -171,7 +177,7 @@ class Transformer(nn.Module):
         cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         x = self.embedding(tokens)
         cache = []
-        for block in self.blocks:
+        for block in self.layers:
             x, k, v = block(x, cos, sin, layout)
             cache.append((k, v))
         return self.norm(x), cache
