@@ -1,10 +1,17 @@
-"""A migrated store on both databases, and answers to have opinions about."""
+"""A migrated store on both databases, answers to have opinions about, and a real service with a real tiny model."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 
 from feedback import completions
@@ -66,3 +73,112 @@ def answer(store: Store) -> Answer:
 def answer_into() -> Callable[[Store], Answer]:
     """Write answers into a store of the test's own."""
     return make_answers
+
+
+def make_model(models: Path, seed: int) -> str:
+    """Write a tiny model with random weights to models/<hash>; returns the hash."""
+    import torch
+
+    from models.checkpoint import model_hash, save_model
+    from models.config import ModelConfig
+    from models.tokenizer import Tokenizer
+    from models.transformer import Transformer
+
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer.train(["hello there, how are you?", "I am fine, thank you.", "你好"] * 20, 300)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=96,
+    )
+    model = Transformer(config)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.1)  # tied to the output: at full size the model says one token for ever
+    folder = models / f"draft-{seed}"
+    save_model(model, folder, tokenizer)
+    name = model_hash(folder)
+    folder.rename(models / name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """(folder with one folder a model, the hashes of two random tiny models)."""
+    root = tmp_path_factory.mktemp("workspace") / "models"
+    root.mkdir()
+    return root, make_model(root, 1), make_model(root, 2)
+
+
+class Server:
+    """A real service in a process of its own, and a client of it."""
+
+    def __init__(self, database_url: str, models: Path, env: dict[str, str] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.models = models
+        command = [sys.executable, "-m", "feedback.service", "--port", str(port), "--database-url", database_url]
+        command += ["--models-root", str(models), "--width", "8"]
+        self.process = subprocess.Popen(command, env={**os.environ, **(env or {})})
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.store = Store(database_url)
+        self.wait_for("/healthz")
+
+    def wait_for(self, path: str, model_hash: str | None = None) -> None:
+        """Until `path` answers 200 (with that model, if given)."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the service ended"
+            try:
+                response = self.client.get(path)
+                if response.status_code == 200 and model_hash in (None, response.json().get("model_hash")):
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise TimeoutError(f"{self.url}{path} did not become ready")
+
+    def crown(self, model_hash: str) -> None:
+        """Promote a model, and wait until the service answers with it."""
+        reigning = self.store.champion()
+        self.store.promote(
+            model_hash=model_hash,
+            model_path=str(self.models / model_hash),
+            figures={},
+            reason="a test",
+            expected_champion=reigning.model_hash if reigning else None,
+        )
+        self.wait_for("/readyz", model_hash)
+
+    def chat(self, text: str = "hello", headers: dict[str, str] | None = None, **body: object) -> httpx.Response:
+        """POST /v1/chat/completions."""
+        messages = [{"role": "user", "content": text}]
+        return self.client.post("/v1/chat/completions", json={"messages": messages, **body}, headers=headers)
+
+    def close(self) -> None:
+        """End it."""
+        self.client.close()
+        self.store.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def serve() -> type[Server]:
+    """To start a service of the test's own; close it."""
+    return Server
+
+
+@pytest.fixture(scope="module")
+def server(two_models: tuple[Path, str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service on SQLite that answers with the first model."""
+    models, first, _ = two_models
+    server = Server(f"sqlite:///{tmp_path_factory.mktemp('service')}/feedback.db", models)
+    server.crown(first)
+    yield server
+    server.close()

@@ -1,0 +1,196 @@
+"""The chat page in a real chromium: ask, thumb up, toggle, take back, reload; nothing that a user writes runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from feedback.page import language
+
+pytestmark = pytest.mark.browser
+LAUNCH = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A chromium of the system."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("chromium is not installed (apt-get install chromium): the chat page is NOT tested here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(LAUNCH))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Any) -> Iterator[Any]:
+    """The page, open; whatever it asked for or complained about stands in page.requested and page.complaints."""
+    context = browser.new_context(locale="en-US", viewport={"width": 1100, "height": 820})
+    page = context.new_page()
+    page.requested, page.complaints = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("console", lambda line: line.type in ("error", "warning") and page.complaints.append(line.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
+    page.goto(server.url)
+    yield page
+    context.close()
+
+
+def ask(page: Any, text: str) -> Any:
+    """Ask by keyboard; returns the answer's element when it is complete."""
+    before = page.locator(".thumbs:visible").count()
+    page.get_by_label("Write a message").fill(text)
+    page.keyboard.press("Enter")
+    page.locator(".thumbs:visible").nth(before).wait_for()
+    return page.locator(".theirs").nth(before)
+
+
+def pressed(answer: Any) -> list[str]:
+    """aria-pressed of 👍 and of 👎."""
+    return [answer.locator(name).get_attribute("aria-pressed") for name in (".up", ".down")]
+
+
+def wait_for_state(answer: Any, text: str) -> None:
+    """Until the line beside the thumbs says `text`."""
+    answer.locator(".state", has_text=text).wait_for()
+
+
+def test_ask_thumb_up_toggle_take_back_and_reload(page: Any, server: Any) -> None:
+    before = len(server.store.events())
+    answer = ask(page, "hello there")
+    assert pressed(answer) == ["false", "false"]
+    answer.get_by_role("button", name="Good answer").click()
+    wait_for_state(answer, "Saved")
+    assert pressed(answer) == ["true", "false"]
+    answer.get_by_role("button", name="Bad answer").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    wait_for_state(answer, "Saved")
+    page.reload()
+    answer = page.locator(".theirs").first
+    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    assert page.locator(".mine .text").first.inner_text() == "hello there"
+    answer.get_by_role("button", name="Bad answer").click()
+    wait_for_state(answer, "Taken back")
+    assert pressed(answer) == ["false", "false"]
+    events = server.store.events()[before:]
+    assert [(e.op, e.payload["value"], e.payload["source"]) for e in events] == [
+        ("create", 1, "human_user"),
+        ("revise", -1, "human_user"),
+        ("retract", -1, "human_user"),
+    ]
+    row = server.store.completion(events[0].payload["completion_id"])
+    assert row.subject == events[0].subject  # the asker's cookie is the rater's
+    assert page.complaints == []
+    assert all(url.startswith(server.url) for url in page.requested)
+
+
+def test_it_says_saved_only_after_the_server_did_and_tries_again_with_the_same_key(page: Any, server: Any) -> None:
+    answer = ask(page, "hello")
+    keys: list[str] = []
+    held = []
+
+    def lose(route: Any) -> None:
+        keys.append(route.request.headers["idempotency-key"])
+        if len(keys) <= 3:
+            route.abort()
+        else:
+            held.append(answer.locator(".state").inner_text())
+            route.continue_()
+
+    page.route("**/thumb", lose)
+    answer.get_by_role("button", name="Good answer").click()
+    wait_for_state(answer, "Not saved.")
+    answer.get_by_role("button", name="Try again").click()
+    wait_for_state(answer, "Saved")
+    assert len(keys) == 4 and len(set(keys)) == 1
+    assert held == ["Saving…"]
+
+
+def test_nothing_that_a_user_writes_runs(page: Any, server: Any) -> None:
+    attacks = [
+        "<script>alert(1)</script>",
+        "<img src=x onerror=alert(2)>",
+        "<svg/onload=alert(3)>",
+        "</div></template><iframe srcdoc='<script>alert(4)</script>'>",
+        "javascript:alert(5)",
+    ]
+    for attack in attacks:
+        ask(page, attack)
+    assert page.locator(".mine .text").all_inner_texts() == attacks
+    page.reload()
+    page.locator(".mine").nth(len(attacks) - 1).wait_for()
+    assert page.locator("main script, main iframe, main svg, main img:not(.face):not([width='72'])").count() == 0
+    assert page.complaints == []
+    blocked = page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';"
+        " document.body.append(s); return window.ran === undefined }"
+    )
+    assert blocked  # and if something did get in, the policy would not let it run
+
+
+def test_long_conversations_go_on(page: Any) -> None:
+    for n in range(5):
+        ask(page, f"question number {n} with some more words in it")
+    page.get_by_text("reads only the last part").wait_for()
+
+
+def test_it_fits_a_telephone_and_speaks_chinese(browser: Any, server: Any) -> None:
+    context = browser.new_context(locale="zh-CN", viewport={"width": 375, "height": 700})
+    page = context.new_page()
+    page.goto(server.url)
+    page.get_by_placeholder("写点什么").fill("你好")
+    page.get_by_role("button", name="发送").click()
+    page.get_by_role("button", name="回答得好").click()
+    page.locator(".state", has_text="已保存").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.get_by_role("link", name="English").click()
+    page.get_by_role("button", name="Good answer").wait_for()
+    assert page.evaluate("document.documentElement.lang") == "en"
+    context.close()
+
+
+def test_pictures_for_the_documentation(page: Any, server: Any) -> None:
+    folder = os.environ.get("THUMBWHEEL_SCREENSHOTS")
+    if not folder:
+        pytest.skip("THUMBWHEEL_SCREENSHOTS names no folder: no picture is taken")
+    answer = ask(page, "How was your day?")
+    answer.get_by_role("button", name="Good answer").click()
+    wait_for_state(answer, "Saved")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=str(Path(folder) / "chat.png"))
+
+
+def test_the_language_follows_what_is_asked_and_accepted() -> None:
+    assert language("zh", "en") == "zh"
+    assert language(None, "zh-CN,zh;q=0.9,en;q=0.8") == "zh"
+    assert language(None, "fr, zh;q=0.2, en;q=0.7") == "en"
+    assert language(None, "") == "en" and language("xx", "zh") == "zh" and language(None, "zh;q=x") == "en"
+
+
+def test_the_page_has_a_strict_policy_and_its_cookie_cannot_be_read_by_scripts(server: Any) -> None:
+    response = httpx.get(server.url)
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    cookie = response.headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie
+    assert httpx.get(server.url + "/assets/../service.py").status_code == 404
+    assert httpx.get(server.url + "/assets/words.json").status_code == 404
