@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 
 from flows.flowrun import FlowRun, open_flow_run
-from flows.retrain import MANIFEST, ParameterChanges, Preset, learn, nothing_to_do, open_store
+from flows.retrain import MANIFEST, Overrides, Preset, learn, nothing_to_do, open_store
 
 if TYPE_CHECKING:
     from feedback.store import Store
 
 
 @flow(name="align", validate_parameters=True)
-def align(preset: Preset | None = None, overrides: ParameterChanges | None = None) -> Any:
+def align(preset: Preset = None, overrides: Overrides = None) -> Any:
     """Turn the wheel once.
 
     preset: `tiny` (minutes) or `micro` (seconds, to try things); overrides: changed parameters, as sections or as dotted

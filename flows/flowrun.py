@@ -93,7 +93,7 @@ def open_flow_run(
     root, run_id = environment().root, str(flow_run.get_id())
     with writer(root, f"flow {name}"):
         records = Records(root)
-        _close_zombies(records, UUID(run_id))
+        close_zombies(records, UUID(run_id))
         with _slot(root):
             params = settings.set_params(
                 root, settings.merge(settings.preset(preset) if preset else {}, overrides or {})
@@ -171,7 +171,7 @@ def _slot(root: Path) -> Iterator[None]:
         yield
 
 
-def _close_zombies(records: Records, this: UUID) -> None:
+def close_zombies(records: Records, this: UUID) -> None:
     """Runs that dead processes of this host left open: MLflow's become KILLED, Prefect's flow and task runs Crashed."""
     records.close_zombies()
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))

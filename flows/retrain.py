@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow
 from prefect.states import Completed, State
+from pydantic.json_schema import SkipJsonSchema
 
 from flows.environment import environment
 from flows.flowrun import FlowRun, open_flow_run
@@ -18,18 +19,19 @@ if TYPE_CHECKING:
     from feedback.promotions import Promotion
     from feedback.store import Store
 
-    ParameterChanges = Changes
-else:
-    ParameterChanges = changes_model()
+    Preset = Literal["tiny", "micro"] | None
+    Overrides = Changes | None
+else:  # with the null left out of the schema, Prefect's form shows the fields themselves, to be left empty
+    Preset = Literal["tiny", "micro"] | SkipJsonSchema[None]
+    Overrides = changes_model() | SkipJsonSchema[None]
 
-Preset = Literal["tiny", "micro"]
 MANIFEST = "feedback.manifest.json"
 CHAMPION = "champion.json"
 log = logging.getLogger("thumbwheel.flow")
 
 
 @flow(name="retrain", validate_parameters=True)
-def retrain(preset: Preset | None = None, overrides: ParameterChanges | None = None) -> Any:
+def retrain(preset: Preset = None, overrides: Overrides = None) -> Any:
     """Snapshot, reward model, PPO, judge, promotion, on all batches so far, when one of them is open.
 
     preset, overrides: changed parameters, written into params.yaml first. With no open batch there is nothing to do.

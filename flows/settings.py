@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from flows.curate import CurateOptions
 from flows.files import write_text
@@ -188,11 +189,21 @@ def changes_model() -> type[Changes]:
     for name, field in Params.model_fields.items():
         kind: Any = field.annotation
         if hasattr(kind, "__dataclass_fields__"):
-            optional: Any = {key: (item | None, None) for key, item in get_type_hints(kind).items()}
+            optional: Any = {key: _left_empty(item, key) for key, item in get_type_hints(kind).items()}
             title = (kind.__doc__ or "").strip().splitlines()[0]
             kind = create_model(f"{name.capitalize()}Changes", __base__=_Section, __doc__=title, **optional)
-        fields[name] = (kind | None, Field(None, alias=field.alias, title=field.alias or name))
+        fields[name] = _left_empty(kind, field.alias or name, alias=field.alias)
     return create_model("ParameterChanges", __base__=Changes, **fields)
+
+
+def _left_empty(kind: Any, title: str, **options: Any) -> tuple[Any, Any]:
+    """An optional field whose schema does not mention null: Prefect's form then shows it as a field to be left empty."""
+
+    def without_default(schema: dict[str, Any]) -> None:
+        schema.pop("default", None)
+
+    hidden: Any = SkipJsonSchema
+    return kind | hidden[None], Field(None, title=title, json_schema_extra=without_default, **options)
 
 
 def main() -> None:

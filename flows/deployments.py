@@ -1,0 +1,92 @@
+"""The flows as deployments, so that they can be started from the Prefect UI, by an event, on a schedule; and their runner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.events.schemas.automations import Posture
+from prefect.flows import Flow
+from prefect.runner import Runner
+
+from flows import bell, servers
+from flows.align import align
+from flows.onestage import STAGE_FLOWS
+from flows.reconcile import reconcile
+from flows.retrain import retrain
+
+RECONCILE_EVERY = timedelta(minutes=10)
+# a second run waits for the first; CANCEL_NEW would lose what came meanwhile
+ONE_AFTER_ANOTHER = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+
+
+def deployments() -> Iterator[RunnerDeployment]:
+    """align, retrain (started by the bell as well), reconcile (on a schedule as well), and each stage by itself."""
+    yield _deployment(
+        align,
+        "The whole wheel: data, data gate, training, opinions, reward model, PPO, judgement, promotion. "
+        "What is up to date is not run again. Parameters given here are written into params.yaml.",
+    )
+    yield _deployment(
+        retrain,
+        "Learns from the open batches of opinions: snapshot, reward model, PPO, judgement, promotion. "
+        "The bell starts it; without an open batch it ends as *nothing to do*.",
+        triggers=[bell_trigger()],
+    )
+    yield _deployment(
+        reconcile,
+        "Brings the mirrors back in line with the feedback database, and closes what killed processes left open.",
+        interval=RECONCILE_EVERY,
+    )
+    for name, flow in STAGE_FLOWS.items():
+        yield _deployment(flow, f"The stage {name} of dvc.yaml alone. What it reads has to be there.")
+
+
+def bell_trigger() -> DeploymentEventTrigger:
+    """Every ring starts one run: Prefect's own counting of events within a time was seen to drop some."""
+    return DeploymentEventTrigger(
+        name="a batch of opinions is ready",
+        expect={bell.EVENT},
+        match={"prefect.resource.id": f"{bell.RESOURCE}.*"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+    )
+
+
+def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> RunnerDeployment:
+    made = flow.to_deployment(
+        flow.name,
+        description=description,
+        concurrency_limit=ONE_AFTER_ANOTHER,
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        tags=["thumbwheel"],
+        **options,
+    )
+    assert isinstance(made, RunnerDeployment)
+    return made
+
+
+async def run(ready: Path) -> None:
+    """Register the deployments and run what is asked for, one flow run at a time: a workspace has one writer."""
+    runner = Runner(name="thumbwheel", limit=1, pause_on_shutdown=False)
+    for deployment in deployments():
+        await runner.aadd_deployment(deployment)
+    ready.write_text(str(os.getpid()))
+    await runner.start()
+
+
+def main() -> None:
+    """The process that `thumbwheel up` starts; ends at SIGTERM."""
+    asyncio.run(run(servers.ready_path(servers.workspace(), "runner")))
+
+
+if __name__ == "__main__":
+    main()
