@@ -18,6 +18,8 @@ from flows.files import write_text
 from flows.gate import GateOptions
 from flows.ingest import IngestOptions
 from flows.judge import JudgeOptions
+from flows.rater import RaterOptions
+from flows.snapshot import SnapshotOptions
 from flows.tokenize import TokenizeOptions
 from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
@@ -71,6 +73,8 @@ class Params(BaseModel):
     model: ModelOptions = ModelOptions()
     pretrain: PretrainOptions = PretrainOptions()
     sft: SFTOptions = SFTOptions()
+    rater: RaterOptions = RaterOptions()
+    snapshot: SnapshotOptions = SnapshotOptions()
     reward: RewardOptions = RewardOptions()
     ppo: PPOOptions = PPOOptions()
     judge: JudgeOptions = JudgeOptions()
@@ -174,8 +178,13 @@ class Changes(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _nest_dotted_keys(cls, values: Any) -> Any:
-        return merge({}, values) if isinstance(values, Mapping) else values
+    def _check_against_params(cls, values: Any) -> Any:
+        """Dotted keys become sections; a refusal names the key as it stands in params.yaml."""
+        if not isinstance(values, Mapping):
+            return values
+        given = {key: value for key, value in flatten(values).items() if value is not None}
+        check(merge(Params().plain(), given))
+        return merge({}, given)
 
     def plain(self) -> dict[str, Any]:
         """Dotted keys of the fields that were given."""
