@@ -6,32 +6,9 @@ import copy
 from typing import Any
 
 import pytest
+from good_report import GOOD
 
 from flows.gate import GateOptions, decide
-
-GOOD: dict[str, Any] = {
-    "prompts": 400,
-    "seed": 1,
-    "sft": {"relevance": 2.0},
-    "champion_before": {},
-    "candidate": {
-        "most_common_share": 0.02,
-        "distinct_answers": 0.97,
-        "relevance": 1.6,
-        "kl_per_answer": 4.0,
-    },
-    "comparisons": {
-        "sft": {"perplexity_ratio": 1.02},
-        "champion_before": {
-            "thumbs_up_gain": 0.3,
-            "thumbs_up_gain_low": 0.25,
-            "thumbs_up_gain_high": 0.35,
-            "second_judge_gain": 0.1,
-            "second_judge_gain_low": 0.04,
-            "second_judge_gain_high": 0.16,
-        },
-    },
-}
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
