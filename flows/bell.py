@@ -7,6 +7,7 @@ may get lost, so batches that nobody consumed are rung again, at start-up and fr
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -114,6 +115,7 @@ def watch(root: Path, stop: threading.Event) -> None:
     bell = Bell(store, settings.load(root).bell, emit, retraining_under_way)
     stamp = (root / settings.PARAMS_FILE).stat().st_mtime_ns
     log.info("listening: a batch at %s opinions or after %s s", bell.options.opinions, bell.options.max_wait_seconds)
+    servers.ready_path(root, "bell").write_text(str(os.getpid()))
     try:
         while not stop.wait(POLL_SECONDS):
             try:
@@ -130,17 +132,14 @@ def watch(root: Path, stop: threading.Event) -> None:
 
 def main() -> None:
     """The process that `thumbwheel up` starts; ends at SIGTERM."""
-    import os
-
     from flows import servers
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    log.setLevel(logging.INFO)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     root = servers.workspace()
-    servers.ready_path(root, "bell").write_text(str(os.getpid()))
     watch(root, stop)
 
 

@@ -74,10 +74,10 @@ def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> Runne
     return made
 
 
-async def run(ready: Path) -> None:
-    """Register the deployments and run what is asked for, one flow run at a time: a workspace has one writer."""
+async def run(chosen: list[RunnerDeployment], ready: Path) -> None:
+    """Register the deployments `chosen` and run what is asked for, one flow run at a time: a workspace has one writer."""
     runner = Runner(name="thumbwheel", limit=1, pause_on_shutdown=False)
-    for deployment in deployments():
+    for deployment in chosen:
         await runner.aadd_deployment(deployment)
     ready.write_text(str(os.getpid()))
     await runner.start()
@@ -85,7 +85,7 @@ async def run(ready: Path) -> None:
 
 def main() -> None:
     """The process that `thumbwheel up` starts; ends at SIGTERM."""
-    asyncio.run(run(servers.ready_path(servers.workspace(), "runner")))
+    asyncio.run(run(list(deployments()), servers.ready_path(servers.workspace(), "runner")))
 
 
 if __name__ == "__main__":

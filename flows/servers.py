@@ -25,6 +25,7 @@ import psutil
 
 START_SECONDS = 150.0  # a busy machine was seen to need 70; a server that died is noticed at once
 STOP_SECONDS = 15.0
+SLOW_SECONDS = 30.0
 CORE = ("prefect", "mlflow", "service")
 BACKGROUND = ("runner", "bell")
 ALL = (*CORE, *BACKGROUND)
@@ -251,7 +252,7 @@ def start(root: Path, names: Iterable[str] = CORE, owner: str = "up") -> dict[st
         try:
             for name in wanted:
                 known = servers.get(name)
-                if known and known.alive and healthy(root, known):
+                if known and _answers(root, known):
                     servers[name] = replace(known, owner=owner if owner == "up" else known.owner)
                 else:
                     if known:
@@ -306,6 +307,16 @@ def _free_port(preferred: int) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise ServerError("no free port on 127.0.0.1")
+
+
+def _answers(root: Path, server: Server) -> bool:
+    """Whether a server that runs answers; a busy machine makes it slow, so it is asked for a while."""
+    deadline = time.monotonic() + SLOW_SECONDS
+    while server.alive and time.monotonic() < deadline:
+        if healthy(root, server):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _wait(root: Path, servers: list[Server]) -> None:
