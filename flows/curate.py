@@ -196,7 +196,7 @@ def contents(row: Row, kind: str, options: CurateOptions) -> Iterator[str | Mess
     if kind == "pretrain":
         yield from pieces(text_of(row["text"], '"text"'), options.max_chars_text)
         return
-    if kind == "prompts" and isinstance(row["prompt"], str):
+    if kind == "prompts" and not isinstance(row["prompt"], list):
         messages = [{"role": "user", "content": text_of(row["prompt"], '"prompt"')}]
     else:
         messages = messages_of(row[FIELD[kind]], "assistant" if kind == "sft" else "user")
@@ -204,10 +204,12 @@ def contents(row: Row, kind: str, options: CurateOptions) -> Iterator[str | Mess
         yield messages
 
 
-def lines_of(folder: Path, kind: str) -> Iterator[tuple[str, int, bytes | Unreadable]]:
-    """(file, line, bytes) of every line of data/<kind>/, files by name; line 0 speaks of a file as a whole."""
-    shown = f"{folder.name}/{kind}"
-    entries = sorted((folder / kind).iterdir(), key=lambda p: p.name) if (folder / kind).is_dir() else []
+def lines_of(folder: Path, shown: str, kind: str) -> Iterator[tuple[str, int, bytes | Unreadable]]:
+    """(file, line, bytes) of every line in a folder of one kind, files by name; line 0 speaks of a file as a whole.
+
+    shown: what the user calls the folder.
+    """
+    entries = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
     entries = [path for path in entries if not path.name.startswith(".")]
     if not any(path.suffix == ".jsonl" for path in entries):
         yield shown, 0, Unreadable("no .jsonl file in this folder", f"put files there with lines such as {SHAPE[kind]}")
@@ -303,11 +305,12 @@ def run(job: Job) -> dict[str, Any]:
     """Read data/, write artifacts/curate/. Returns the number of rows of each file and how many were quarantined."""
     started = time.monotonic()
     options = job.options("curate", CurateOptions)
-    folder = job.input(str(job.params.get("data", {}).get("folder", "data")))
+    shown = next(dep for dep in job.deps if not dep.endswith(".py"))  # data, or where data.folder points
+    folder = job.input(shown)
     kinds = {kind: Kind(kind, options) for kind in KINDS}
     quarantine: list[Row] = []
     for step, (kind, rows) in enumerate(kinds.items(), 1):
-        for file, line, raw in lines_of(folder, kind):
+        for file, line, raw in lines_of(folder / kind, f"{shown}/{kind}", kind):
             try:
                 if isinstance(raw, Unreadable):
                     raise raw

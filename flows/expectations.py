@@ -18,7 +18,7 @@ from great_expectations.data_context.types.base import ProgressBarsConfig
 EXAMPLES = 20  # failing rows that are listed by place; the rest are counted
 CURATE = "This should not happen after curate: run `dvc repro -f curate`, and report it if it stays."
 SHORTEN = "Shorten these rows in data/, or raise the limit in params.yaml: validate."
-ROLES = {"sft": r"^(system )?(user assistant ?)+$", "prompts": r"^(system )?(user assistant )*user$"}
+ROLES = {"sft": r"^(?:system )?(?:user assistant ?)+$", "prompts": r"^(?:system )?(?:user assistant )*user$"}
 # the replacement character, and every control but the line end: what a wrong encoding leaves behind
 NOT_TEXT = "[\ufffd\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f]"
 

@@ -189,10 +189,11 @@ def record_data(root: Path, options: IngestOptions) -> str:
     """Bring data.dvc and DVC's cache in line with data/, and say in one sentence what was done."""
     if options.folder != TRACKED:
         return "data.dvc is about data/ alone; dvc.lock records the hash of other folders"
+    root = root.resolve()  # DVC reads relative paths from the current folder
     with _repo(root) as repo:
         pin = root / "data.dvc"
         before = _pin(pin)
-        if before and _waiting(lambda: repo.status(targets=["data.dvc"])) == {}:
+        if before and _waiting(lambda: repo.status(targets=[os.fspath(pin)])) == {}:
             return f"data.dvc pins it: {before['md5']}"
         _waiting(lambda: repo.add(os.fspath(root / TRACKED)))
         after = _pin(pin)
@@ -231,9 +232,10 @@ def _fetch(root: Path) -> None:
     """Put data/ back from DVC's cache. Raises FileNotFoundError, with the ways out, where the cache lacks it."""
     from dvc.exceptions import DvcException
 
+    root = root.resolve()
     with _repo(root) as repo:
         try:
-            _waiting(lambda: repo.checkout(targets=["data.dvc"], force=True))
+            _waiting(lambda: repo.checkout(targets=[os.fspath(root / "data.dvc")], force=True))
         except DvcException as error:
             shutil.rmtree(root / TRACKED, ignore_errors=True)
             raise FileNotFoundError(

