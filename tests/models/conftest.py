@@ -9,7 +9,12 @@ from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
-SENTENCES = ["hello there, how are you?", "I am fine, thank you!", "what do you like to eat?", "你好，今天天气很好。"] * 20
+SENTENCES = [
+    "hello there, how are you?",
+    "I am fine, thank you!",
+    "what do you like to eat?",
+    "你好，今天天气很好。",
+] * 20
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,8 @@ def judge(model: Transformer) -> RewardModel:
 def test_pair_loss_is_the_mean_over_a_prompts_pairs() -> None:
     scores = torch.tensor([1.0, -0.5, 2.0, 0.0])
     values = [1, -1, 1, -1]
-    pairs = [(w, l) for w, l in itertools.permutations(range(4), 2) if values[w] > values[l]]
-    by_hand = sum(-math.log(1 / (1 + math.exp(-(scores[w] - scores[l]).item()))) for w, l in pairs) / len(pairs)
+    pairs = [(w, b) for w, b in itertools.permutations(range(4), 2) if values[w] > values[b]]
+    by_hand = sum(-math.log(1 / (1 + math.exp(-(scores[w] - scores[b]).item()))) for w, b in pairs) / len(pairs)
     assert len(pairs) == 4
     assert pair_loss(scores, values).item() == pytest.approx(by_hand)
     order = [2, 0, 3, 1]

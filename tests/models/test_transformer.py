@@ -67,7 +67,10 @@ def test_attention_by_hand_in_one_head() -> None:
 
 def test_chunked_losses_equal_torch_with_gradients() -> None:
     g = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(1300, 8, generator=g, requires_grad=True), torch.randn(20, 8, generator=g, requires_grad=True)
+    hidden, weight = (
+        torch.randn(1300, 8, generator=g, requires_grad=True),
+        torch.randn(20, 8, generator=g, requires_grad=True),
+    )
     targets, weights = torch.randint(20, (1300,), generator=g), torch.rand(1300, generator=g)
     upstream = torch.randn(1300, generator=g)
     logp = torch.log_softmax(hidden @ weight.t() / 0.7, -1).gather(1, targets[:, None])[:, 0]
