@@ -316,8 +316,8 @@ def run(job: Job) -> dict[str, Any]:
                     raise raw
                 rows.add(parse(raw, kind))
             except Unreadable as error:
-                shown = "" if isinstance(raw, Unreadable) else raw.decode("utf-8", "backslashreplace")[:200]
-                where = {"file": file, "line": line, "text": shown}
+                begins = "" if isinstance(raw, Unreadable) else raw.decode("utf-8", "backslashreplace")[:200]
+                where = {"file": file, "line": line, "text": begins}
                 quarantine.append({**where, "reason": error.reason, "remedy": error.remedy})
         job.log(step, len(kinds), {f"{kind}_rows": rows.counts["rows_read"], "quarantined": len(quarantine)})
     remove_leaks(kinds)
