@@ -133,7 +133,15 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     engine = DecoderEngine(threads=args.threads, width=args.width)
     app = create_app(args.database_url, args.models_root, engine)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,  # longer than clients keep a connection, so that none is closed under a request
+    )
 
 
 if __name__ == "__main__":

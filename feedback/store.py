@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.engine import make_url
 
 from feedback import batches, completions, opinions, promotions
@@ -83,6 +81,9 @@ class Store:
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`: up to "head", or down ("base" drops them all). Several callers may race."""
+        from alembic import command  # imported here: it takes longer than all the rest of this room's storage
+        from alembic.config import Config
+
         with self.write() as connection:
             config = Config()
             config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
