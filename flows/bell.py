@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from feedback.store import Batch, Store
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 EVENT = "feedback.batch.ready"
 RESOURCE = "thumbwheel.feedback-batch"
 POLL_SECONDS = 2.0
-REMIND_SECONDS = 30.0
+REMIND_SECONDS = 30.0  # doubled with every ring for the same batch: a retraining that fails is not begun all the time
+REMIND_AT_MOST_SECONDS = 3600.0
 # a retraining that is said to be under way for longer than this may be a dead one: ring all the same
 PATIENCE_SECONDS = 900.0
 
@@ -45,7 +46,7 @@ class Bell:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store, self.options, self.ring, self.busy, self.clock = store, options, ring, busy, clock
-        self.rung: dict[Any, float] = {}
+        self.rung: dict[int, tuple[float, int]] = {}  # batch -> when it was rung for last, and how often
 
     def turn(self) -> list[Batch]:
         """One look. Returns the batches that were rung for."""
@@ -59,7 +60,7 @@ class Bell:
             rung.extend(due)
         for each in rung:
             self.ring(each)
-            self.rung[each.id] = self.clock()
+            self.rung[each.id] = (self.clock(), self._times(each) + 1)
         return rung
 
     def _open(self) -> Batch | None:
@@ -71,10 +72,14 @@ class Bell:
         return None
 
     def _waited(self, batch: Batch) -> float:
-        return self.clock() - self.rung[batch.id] if batch.id in self.rung else float("inf")
+        return self.clock() - self.rung[batch.id][0] if batch.id in self.rung else float("inf")
+
+    def _times(self, batch: Batch) -> int:
+        return self.rung[batch.id][1] if batch.id in self.rung else 0
 
     def _due(self, batch: Batch) -> bool:
-        return self._waited(batch) >= REMIND_SECONDS
+        pause = min(REMIND_AT_MOST_SECONDS, REMIND_SECONDS * 2 ** max(0, min(self._times(batch), 20) - 1))
+        return self._waited(batch) >= pause
 
 
 def _age(moment: datetime) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from leftovers import leftovers
 
 HERE = Path(__file__).parent
 DVC_YAML = """\
@@ -64,3 +67,27 @@ def workspace(tmp_path: Path, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(root)
     Repo.init(str(root), no_scm=True).close()
     return root
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A workspace with everything that `thumbwheel up` starts, once a session; nothing of it may be left in the end.
+
+    Its params.yaml is the preset micro, and names a data folder that does not exist: a flow run there
+    reads and writes parameters, and then stops at the data.
+    """
+    from flows import servers, settings
+
+    root = tmp_path_factory.mktemp("wheel")
+    (root / "params.yaml").write_text(json.dumps(settings.Params().plain()))
+    settings.set_params(root, settings.preset("micro"))
+    settings.set_params(root, {"data.folder": "nowhere", "bell.opinions": 2})
+    (root / "click.py").write_text("raise SystemExit('a file of the user was taken for a library')")
+    try:
+        servers.start(root)
+        servers.start(root, servers.BACKGROUND)
+        yield root
+    finally:
+        ended = servers.stop(root)
+    assert set(ended) == set(servers.ALL)
+    assert leftovers(root) == []

@@ -117,6 +117,10 @@ def test_a_batch_nobody_consumed_is_rung_again_at_start_up_and_after_a_while(sto
     assert listener.turn() == []
     busy[0] = False
     assert [b.id for b in listener.turn()] == [batch.id]
+    clock.now += 2 * bell.REMIND_SECONDS - 1  # rung twice without success: the third ring waits twice as long
+    assert listener.turn() == []
+    clock.now += 1
+    assert [b.id for b in listener.turn()] == [batch.id]
     clock.now += bell.PATIENCE_SECONDS + 1
     busy[0] = True  # it has been said to run for too long: it may be dead
     assert [b.id for b in listener.turn()] == [batch.id]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from leftovers import leftovers
 
 from flows import servers
 
@@ -39,19 +39,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setitem(servers.COMMANDS, "mlflow", command)
     return tmp_path
-
-
-def leftovers(root: Path) -> list[psutil.Process]:
-    """Live processes that were started for this workspace."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("THUMBWHEEL_ROOT") == str(root)
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def test_a_running_server_is_reused_and_keeps_its_port_when_started_again(tiny: Path) -> None:
@@ -159,30 +146,24 @@ def test_proxies_do_not_stand_between_us_and_our_servers(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_real_servers_start_together_answer_and_leave_nothing(tmp_path: Path) -> None:
-    (tmp_path / "click.py").write_text("raise SystemExit('a file of the user was taken for a library')")
-    try:
-        started = servers.start(tmp_path)
-        prefect, mlflow, chat = (started[name].url for name in servers.CORE)
-        with httpx.Client(trust_env=False, timeout=20) as client:
-            settings = client.get(prefect + "/api/admin/settings").json()
-            assert settings["server"]["analytics_enabled"] is False
-            assert settings["server"]["concurrency"]["initial_deployment_lease_duration"] == 60
-            assert "filesystem" in settings["server"]["concurrency"]["lease_storage"]
-            # FastAPI from 0.151 on answers 422 to the nulls in such a body, and from 0.155 on the server does not start
-            assert client.post(prefect + "/api/automations/filter", json={"sort": "CREATED_DESC"}).status_code == 200
-            experiments = client.get(mlflow + "/api/2.0/mlflow/experiments/search", params={"max_results": 5}).json()
-            assert [e["name"] for e in experiments["experiments"]] == ["Default"]
-            assert client.get(chat + "/readyz").status_code == 503  # no champion yet
-        assert (tmp_path / ".thumbwheel" / "prefect.db").exists()
-        assert (tmp_path / ".thumbwheel" / "mlflow.db").exists()
-        addresses = {connection.laddr.ip for p in servers.processes(tmp_path) for connection in listening(p)}
-        assert addresses == {"127.0.0.1"}
-    finally:
-        ended = servers.stop(tmp_path)
-    assert set(ended) == set(servers.CORE)
-    assert leftovers(tmp_path) == []
-    assert not os.environ.get("PREFECT_API_URL", "").startswith(prefect)
+def test_the_real_servers_answer_on_loopback_alone(wheel: Path) -> None:
+    started = servers.read(wheel)
+    prefect, mlflow, chat = (started[name].url for name in servers.CORE)
+    with httpx.Client(trust_env=False, timeout=30) as client:
+        settings = client.get(prefect + "/api/admin/settings").json()
+        assert settings["server"]["analytics_enabled"] is False
+        assert settings["server"]["concurrency"]["initial_deployment_lease_duration"] == 60
+        assert "filesystem" in settings["server"]["concurrency"]["lease_storage"]
+        assert client.get(prefect + "/ui-settings").json()["api_url"] == prefect + "/api"
+        # FastAPI from 0.151 on answers 422 to the nulls in such a body, and from 0.155 on the server does not start
+        assert client.post(prefect + "/api/automations/filter", json={"sort": "CREATED_DESC"}).status_code == 200
+        experiments = client.get(mlflow + "/api/2.0/mlflow/experiments/search", params={"max_results": 5}).json()
+        assert "Default" in [e["name"] for e in experiments["experiments"]]
+        assert client.get(chat + "/readyz").status_code == 503  # no champion yet
+    assert (wheel / ".thumbwheel" / "prefect.db").exists()
+    assert (wheel / ".thumbwheel" / "mlflow.db").exists()
+    addresses = {connection.laddr.ip for p in servers.processes(wheel) for connection in listening(p)}
+    assert addresses == {"127.0.0.1"}
 
 
 def listening(process: psutil.Process) -> list:  # type: ignore[type-arg]

@@ -1,0 +1,59 @@
+"""What `thumbwheel up` registers with a real Prefect server, and what the bell sets going."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from test_bell import vote
+
+from feedback.store import Store
+from flows import servers
+from flows.stage import STAGES
+
+pytestmark = pytest.mark.slow
+
+
+def api(root: Path, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Ask the workspace's Prefect server."""
+    answer = httpx.post(servers.read(root)["prefect"].url + "/api" + path, json=body or {}, trust_env=False, timeout=30)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def runs_of(root: Path, deployment: str) -> list[dict[str, Any]]:
+    """Flow runs of a deployment, oldest first."""
+    body = {"deployments": {"name": {"any_": [deployment]}}, "sort": "START_TIME_ASC"}
+    return list(api(root, "/flow_runs/filter", body))
+
+
+def test_every_flow_and_stage_is_a_deployment_that_queues(wheel: Path) -> None:
+    found = {each["name"]: each for each in api(wheel, "/deployments/filter")}
+    assert set(found) == {"align", "retrain", "reconcile", *STAGES}
+    for each in found.values():
+        assert each["description"]
+        assert each["global_concurrency_limit"]["limit"] == 1
+        assert each["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    schema = found["align"]["parameter_openapi_schema"]
+    assert set(schema["properties"]) == {"preset", "overrides"}
+    assert schema["definitions"]["PpoChanges"]["properties"]["iterations"]["type"] == "integer"
+    assert found["reconcile"]["schedules"][0]["schedule"]["interval"] == 600
+    automations = api(wheel, "/automations/filter", {"sort": "CREATED_DESC"})
+    assert [(a["trigger"]["expect"], a["trigger"]["threshold"]) for a in automations] == [(["feedback.batch.ready"], 1)]
+
+
+def test_two_opinions_ring_the_bell_and_one_retraining_starts(wheel: Path) -> None:
+    store = Store(servers.database_url(wheel))
+    vote(store, "first")
+    vote(store, "second")
+    deadline = time.monotonic() + 90
+    while not runs_of(wheel, "retrain") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    batches = store.open_batches()
+    store.close()
+    assert [batch.accepted for batch in batches] == [2]
+    assert len(runs_of(wheel, "retrain")) == 1
+    assert f"rang for batch {batches[0].id}" in servers.log_path(wheel, "bell").read_text()
