@@ -31,7 +31,11 @@ from models.transformer import Transformer, dense_layout
 
 @dataclass(frozen=True)
 class PPOOptions:
-    """Section `ppo` of params.yaml. Lengths in tokens, KL in nats an answer."""
+    """Section `ppo` of params.yaml. Lengths in tokens, KL in nats an answer.
+
+    reward: "score" is the reward model's r as it is; "probability" is its probability of a thumb up, which saturates, so
+    that an answer is not chased for being rated ever higher (a bounded reward hinders reward hacking: Fu et al. 2025).
+    """
 
     iterations: int = 80
     batch_size: int = 64
@@ -49,8 +53,9 @@ class PPOOptions:
     kl_coefficient: float = 0.05
     kl_target: float | None = 6.0
     kl_horizon: int = 2000
+    reward: str = "probability"
     whiten_rewards: bool = False
-    missing_eos_penalty: float | None = -1.0
+    missing_eos_penalty: float | None = None
     ptx_coefficient: float = 0.5
     ptx_batch_size: int = 4
     ptx_conversations: int = 32
@@ -70,14 +75,14 @@ class PPOOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.reward not in ("score", "probability"):
+            raise ValueError(f"reward must be score or probability, not {self.reward}")
         if self.batch_size % self.minibatches:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of minibatches {self.minibatches}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.kl_target is not None and not self.kl_target > 0:
-            raise ValueError(
-                f"kl_target must be above 0 nats an answer, or null: {self.kl_target}"
-            )
+            raise ValueError(f"kl_target must be above 0 nats an answer, or null: {self.kl_target}")
 
 
 # -- the formulas ------------------------------------------------------------------------------------------------------
@@ -208,6 +213,8 @@ def roll_out(
     values = pad(models.critic(flat.tokens, flat.layout).index_select(0, flat.rows), lengths)
     mask = pad(torch.ones(sum(lengths), dtype=torch.bool, device=device), lengths)
     scores = torch.tensor(score(models.reward, prompts, ids), device=device)
+    if options.reward == "probability":
+        scores = models.reward.probability(scores)
     if options.missing_eos_penalty is not None:
         ended = torch.tensor([a.finish_reason == "stop" for a in answers], device=device)
         scores = torch.where(ended, scores, torch.full_like(scores, options.missing_eos_penalty))

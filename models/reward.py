@@ -57,13 +57,19 @@ class RewardOptions:
 
 
 class RewardModel(nn.Module):
-    """A decoder whose output layer is one number. The same network is PPO's critic at its start."""
+    """A decoder whose output layer is one number r. The same network is PPO's critic at its start.
+
+    The probability of a thumb up is σ(scale·(r + offset)): scale is 1 while it learns, and keeps what normalise divides by.
+    """
+
+    scale: Tensor
 
     def __init__(self, trunk: Transformer) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(trunk.config.hidden_size, 1)
         self.offset = nn.Parameter(torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
 
     def initialize(self, generator: torch.Generator) -> RewardModel:
         """Head normal(0, 1/sqrt(d + 1)), bias 0 (Stiennon et al. 2020)."""
@@ -79,6 +85,10 @@ class RewardModel(nn.Module):
     def scores(self, tokens: Tensor, layout: Layout) -> Tensor:
         """r of each sequence, read at its last token: tokens [N] → [B]."""
         return self.head(self.trunk(tokens, layout).index_select(0, layout.last))[:, 0].float()
+
+    def probability(self, scores: Tensor) -> Tensor:
+        """The probability of a thumb up for scores r, of any shape."""
+        return torch.sigmoid(self.scale * (scores + self.offset))
 
 
 def lay_out(sequences: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Layout]:
@@ -171,12 +181,13 @@ def batch_loss(model: RewardModel, batch: Sequence[Rated], options: RewardOption
 
 def save_reward_model(model: RewardModel, folder: Path, tokenizer: Tokenizer, card: str) -> None:
     """Write the folder that transformers loads as LlamaForSequenceClassification (whose head has no bias: it is kept in
-    config.json as reward_bias, and the thumbs' offset as thumb_offset)."""
+    config.json as reward_bias, beside thumb_offset and thumb_scale)."""
     config = model.trunk.config.to_huggingface() | {
         "architectures": ["LlamaForSequenceClassification"],
         "num_labels": 1,
         "reward_bias": model.head.bias.item(),
         "thumb_offset": model.offset.item(),
+        "thumb_scale": model.scale.item(),
     }
     tensors = {k: v for k, v in to_huggingface(model.trunk).items() if k != "lm_head.weight"}
     write_folder(folder, config, tensors | {"score.weight": model.head.weight.detach()}, tokenizer, card)
@@ -198,17 +209,19 @@ def load_reward_model(folder: str | os.PathLike[str], device: str = "cpu") -> Re
         model.head.weight.copy_(head)
         model.head.bias.fill_(raw["reward_bias"])
         model.offset.fill_(raw["thumb_offset"])
+        model.scale.fill_(raw["thumb_scale"])
     return model.to(device).eval()
 
 
 @torch.no_grad()
 def normalise(model: RewardModel, scores: Sequence[float]) -> None:
-    """Fold gain and bias into the head so that these scores get mean 0 and variance 1; the thumbs' sign stays the same."""
+    """Fold gain and bias into the head so that these scores get mean 0 and variance 1; probabilities stay the same."""
     mean = sum(scores) / len(scores)
     deviation = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)) or 1.0
     model.head.weight.div_(deviation)
     model.head.bias.sub_(mean).div_(deviation)
     model.offset.add_(mean).div_(deviation)
+    model.scale.mul_(deviation)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_an_answer_that_did_not_end_gets_the_penalty_instead_of_its_score(four: 
 
 def test_values_and_scores_read_the_same_head_at_different_tokens(four: Models) -> None:
     """The value of a state is read before its token; the score at the last token itself."""
-    options = PPOOptions(batch_size=4, max_new_tokens=6, missing_eos_penalty=None)
+    options = PPOOptions(batch_size=4, max_new_tokens=6, reward="score")
     rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.0, stop_id=2)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, rollout.answers, strict=True)):
         whole = torch.tensor([*prompt, *answer.ids])

@@ -67,10 +67,12 @@ def test_normalised_scores_have_mean_0_and_variance_1_and_keep_their_sign(judge:
     with torch.no_grad():
         judge.offset.fill_(0.37)
     before = score(judge, prompts, answers)
+    chances = judge.probability(torch.tensor(before))
     normalise(judge, before)
     after = torch.tensor(score(judge, prompts, answers))
     assert after.mean().item() == pytest.approx(0, abs=1e-4)
     assert after.var(correction=0).item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(judge.probability(after), chances, atol=1e-4, rtol=1e-4)
     signs = [s + 0.37 > 0 for s in before]
     assert [bool(s + judge.offset > 0) for s in after] == signs
 
