@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-from prefect import get_client, task
+from prefect import get_client, get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient
@@ -43,7 +42,6 @@ from flows.workspace import writer
 OWNER_TAG = "owner:"
 _ARTIFACT_SECONDS = 2.0
 Result = TypeVar("Result")
-log = logging.getLogger("thumbwheel.flow")
 
 
 @dataclass
@@ -63,7 +61,7 @@ class FlowRun:
         """Bring a stage of dvc.yaml up to date, as a Prefect task of its name."""
         result = _stage_task.with_options(name=name, task_run_name=name)(name, self.root, self.parent, self.id)
         self.results.append(result)
-        log.info("%s: %s in %.1f s", name, result.how, result.seconds)
+        get_run_logger().info("%s: %s in %.1f s", name, result.how, result.seconds)
         return result
 
     def step(self, name: str, work: Callable[[Callable[[dict[str, Any]], None]], Result]) -> Result:

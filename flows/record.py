@@ -72,6 +72,9 @@ class Records:
 
     def __init__(self, root: Path, uri: str | None = None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault(
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+        )  # two lines for every run that is closed
         import mlflow
 
         self.root = root
@@ -288,6 +291,8 @@ class StageRun:
         self.tags({f"dvc.out.{path}": md5 for path, md5 in outs.items()})
         for path in outs:
             found = self.records.root / path
+            if found.name == "model":
+                continue  # a version of the registry names it, DVC keeps it
             for file in sorted(found.glob("*")) if found.is_dir() else [found]:
                 if file.suffix in (".json", ".csv", ".html") and file.stat().st_size < _SMALL_FILE:
                     self.records.client.log_artifact(self.run_id, str(file))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Completed, State
 from pydantic.json_schema import SkipJsonSchema
 
@@ -27,7 +25,6 @@ else:  # with the null left out of the schema, Prefect's form shows the fields t
 
 MANIFEST = "feedback.manifest.json"
 CHAMPION = "champion.json"
-log = logging.getLogger("thumbwheel.flow")
 
 
 @flow(name="retrain", validate_parameters=True)
@@ -106,10 +103,5 @@ def open_store() -> Store:
 
 def nothing_to_do(why: str) -> State[Any]:
     """The state of a flow run that found nothing to do."""
-    log.info("nothing to do: %s", why)
+    get_run_logger().info("nothing to do: %s", why)
     return Completed(name="NothingToDo", message=f"nothing to do: {why}")
-
-
-def workspace_root() -> Path:
-    """The workspace that the flows work on."""
-    return environment().root
