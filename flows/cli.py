@@ -146,6 +146,27 @@ def config(
     settings.yaml().dump(params.plain(), sys.stdout)
 
 
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="why; it stands in the promotion table")] = "asked for by hand",
+) -> None:
+    """Give the crown back to the champion before the reigning one; the chat service follows at once."""
+    root = _enter()
+    from flows.promote import mirror
+    from flows.record import Records
+    from flows.retrain import open_store
+
+    store = open_store()
+    try:
+        promotion = store.rollback(reason)
+        mirror(store, Records(root))
+    except ValueError as error:
+        raise _fail(error) from error
+    finally:
+        store.close()
+    typer.echo(f"champion is again {promotion.model_hash[:12]}")
+
+
 def _assignments(texts: list[str]) -> dict[str, Any]:
     """["ppo.seed=3"] -> {"ppo.seed": 3}; values are read as YAML. Raises ValueError for a text without "="."""
     from flows import settings

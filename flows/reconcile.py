@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from uuid import UUID
 
 from prefect import flow
@@ -10,15 +9,14 @@ from prefect.runtime import flow_run
 
 from flows.environment import environment
 from flows.flowrun import close_zombies
+from flows.promote import mirror
 from flows.record import Records
 from flows.retrain import open_store
-
-log = logging.getLogger("thumbwheel.flow")
 
 
 @flow(name="reconcile")
 def reconcile() -> None:
-    """Close what killed processes left open, and let MLflow's alias `champion` name the model that reigns.
+    """Close what killed processes left open, and let MLflow's aliases say what the promotion table says.
 
     Batches that nobody consumed are rung again by the bell.
     """
@@ -26,11 +24,6 @@ def reconcile() -> None:
     close_zombies(records, UUID(str(flow_run.get_id())))
     store = open_store()
     try:
-        champion = store.champion()
+        mirror(store, records)
     finally:
         store.close()
-    if champion is not None:
-        try:
-            records.set_alias("champion", champion.model_hash)
-        except LookupError as error:
-            log.warning("the champion cannot be marked in MLflow: %s", error)
