@@ -145,7 +145,8 @@ def complaint(report: dict[str, Any]) -> str:
     lines = ["The data gate stopped the flow before any training."]
     if report["rejected"] > report["max_rejected"]:
         allowed = report["max_rejected"]
-        lines.append(f"{report['rejected']} unreadable rows (params.yaml: validate.max_rejected allows {allowed}):")
+        rows = "row" if report["rejected"] == 1 else "rows"
+        lines.append(f"{report['rejected']} unreadable {rows} (params.yaml: validate.max_rejected allows {allowed}):")
         lines += [f"  {_place(row)}: {row['reason']}. Remedy: {row['remedy']}." for row in report["quarantine"][:NAMED]]
         if report["rejected"] > NAMED:
             lines.append(f"  … and {report['rejected'] - NAMED} more")
