@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,6 +12,9 @@ from uuid6 import uuid7
 from feedback.tables import CompletionRow, table_of
 
 table = table_of(CompletionRow)
+# the statements of every request are built once: building costs SQLAlchemy more than running them
+INSERT = sa.insert(table)
+REPLAY = sa.select(table).where(table.c.subject == sa.bindparam("by"), table.c.idempotency_key == sa.bindparam("key"))
 
 
 def new_id() -> str:
@@ -53,7 +56,7 @@ class Completion:
 
 def insert(connection: sa.Connection, completion: Completion) -> None:
     """Write a new answer. Raises sqlalchemy.exc.IntegrityError when its id, or its subject's key, is taken."""
-    connection.execute(sa.insert(table), asdict(completion))
+    connection.execute(INSERT, dict(vars(completion)))
 
 
 def finish(connection: sa.Connection, completion_id: str, values: dict[str, Any]) -> None:
@@ -69,6 +72,5 @@ def get(connection: sa.Connection, completion_id: str) -> Completion | None:
 
 def replay(connection: sa.Connection, subject: str, idempotency_key: str) -> Completion | None:
     """The answer that this subject already got under this key, or None."""
-    where = (table.c.subject == subject) & (table.c.idempotency_key == idempotency_key)
-    row = connection.execute(sa.select(table).where(where)).first()
+    row = connection.execute(REPLAY, {"by": subject, "key": idempotency_key}).first()
     return Completion(**row._mapping) if row else None

@@ -16,6 +16,14 @@ feedback = table_of(FeedbackRow)
 event_log = table_of(EventRow)
 completion = table_of(CompletionRow)
 
+# the statements of every vote are built once: building costs SQLAlchemy more than running them
+STATUS = sa.select(completion.c.status).where(completion.c.id == sa.bindparam("id"))
+FIND = sa.select(feedback).where(
+    *(feedback.c[name] == sa.bindparam(name) for name in ("completion_id", "subject", "kind", "other"))
+)
+INSERT, APPEND = sa.insert(feedback), sa.insert(event_log)
+POINT = sa.update(feedback).where(feedback.c.id == sa.bindparam("of")).values(last_seq=sa.bindparam("to"))
+
 # what a vote may set; the rest of the row is ours
 STATED = ("value", "reasons", "comment", "correction", "source", "channel", "locale", "position", "ranked")
 
@@ -82,7 +90,7 @@ def vote(connection: sa.Connection, vote: Vote) -> tuple[Event, str]:
     """
     if vote.idempotency_key and (known := replay(connection, vote)):
         return known, "replayed"
-    status = connection.execute(sa.select(completion.c.status).where(completion.c.id == vote.completion_id)).scalar()
+    status = connection.execute(STATUS, {"id": vote.completion_id}).scalar()
     if status is None:
         raise Refused(404, "completion_not_found", f"there is no completion {vote.completion_id}")
     if status not in ("complete", "aborted"):
@@ -107,7 +115,7 @@ def stated(vote: Vote) -> dict[str, Any]:
 def find(connection: sa.Connection, completion_id: str, subject: str, kind: str, other: str = "") -> sa.Row[Any] | None:
     """The row of one opinion, by its natural key."""
     key = {"completion_id": completion_id, "subject": subject, "kind": kind, "other": other}
-    return connection.execute(sa.select(feedback).filter_by(**key)).first()
+    return connection.execute(FIND, key).first()
 
 
 def replay(connection: sa.Connection, vote: Vote) -> Event | None:
@@ -141,7 +149,7 @@ def create(connection: sa.Connection, vote: Vote, now: datetime) -> Event:
         "created_at": now,
         "updated_at": now,
     }
-    key = connection.execute(sa.insert(feedback).values(**values)).inserted_primary_key
+    key = connection.execute(INSERT, values).inserted_primary_key
     assert key is not None
     return log(connection, key[0], "create", values, now, vote)
 
@@ -180,9 +188,9 @@ def log(
         "request_sha256": vote.request_sha256 if vote else None,
         "created_at": now,
     }
-    key = connection.execute(sa.insert(event_log).values(**values)).inserted_primary_key
+    key = connection.execute(APPEND, values).inserted_primary_key
     assert key is not None
-    connection.execute(sa.update(feedback).where(feedback.c.id == feedback_id).values(last_seq=key[0]))
+    connection.execute(POINT, {"of": feedback_id, "to": key[0]})
     return Event(key[0], feedback_id, state["subject"], op, payload, now)
 
 
