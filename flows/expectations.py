@@ -91,7 +91,7 @@ def files_suite() -> gx.ExpectationSuite:
 
 def quarantine_suite(max_rejected: int) -> gx.ExpectationSuite:
     """The suite of the quarantine: at most `max_rejected` rows."""
-    remedy = "Mend the rows listed below in data/, or allow more of them: validate.max_rejected in params.yaml."
+    remedy = "Mend the rows named on this page in data/, or allow more of them: validate.max_rejected in params.yaml."
     return gx.ExpectationSuite(
         name="quarantine",
         expectations=[

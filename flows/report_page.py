@@ -28,10 +28,11 @@ section { background: var(--paper); border: 1px solid var(--line); border-radius
 table { border-collapse: collapse; width: 100% } th { text-align: left; color: var(--soft); font-weight: 600 }
 th, td { padding: .4rem .7rem .4rem 0; border-top: 1px solid var(--line); vertical-align: top }
 tr:first-child th { border-top: 0 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.mark { display: inline-block; min-width: 4.2rem; text-align: center; border-radius: 999px; padding: 0 .6rem;
+.mark { display: inline-block; white-space: nowrap; min-width: 4.2rem; text-align: center; border-radius: 999px; padding: 0 .6rem;
   font-size: .85rem; font-weight: 600; color: var(--bad); background: var(--bad-ground) }
 .mark.good { color: var(--good); background: var(--good-ground) }
 code { font: .86rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere } .remedy { color: var(--soft) }
+.place { white-space: nowrap }
 ul { margin: .4rem 0 0; padding-left: 1.1rem }
 </style>
 <main>
@@ -47,7 +48,7 @@ ul { margin: .4rem 0 0; padding-left: 1.1rem }
 <table>
 <tr><th>File</th><th class="n">Line</th><th>What is wrong, and what to do</th><th>How it begins</th></tr>
 {% for row in quarantine %}
-<tr><td><code>{{ row.file }}</code></td><td class="n">{{ row.line or "–" }}</td>
+<tr><td><code class="place">{{ row.file }}</code></td><td class="n">{{ row.line or "–" }}</td>
 <td>{{ row.reason }}<br><span class="remedy">Remedy: {{ row.remedy }}</span></td><td><code>{{ row.text }}</code></td></tr>
 {% endfor %}
 </table>
@@ -58,7 +59,7 @@ ul { margin: .4rem 0 0; padding-left: 1.1rem }
 {% endif %}
 {% for suite in suites %}
 <section>
-<h2>{{ suite.name }} <span class="soft">· {{ "{:,}".format(suite.rows) }} rows</span></h2>
+<h2>{{ suite.name }} <span class="soft">· {{ "{:,}".format(suite.rows) }} {{ "row" if suite.rows == 1 else "rows" }}</span></h2>
 <table>
 <tr><th></th><th>Expectation</th><th class="n">Rows not meeting it</th></tr>
 {% for result in suite.expectations %}

@@ -101,7 +101,7 @@ def test_a_broken_data_file_stops_with_file_line_and_remedy(
     assert re.search(r"Remedy: \w+ .+\.", said)
     assert "validate.max_rejected allows 0" in str(stopped.value)
     page = (tmp_path / validate.PAGE).read_text("utf-8")  # readable although the stage failed
-    assert f"<code>data/{kind}/mine.jsonl</code>" in page
+    assert f">data/{kind}/mine.jsonl</code>" in page
     assert "The data gate stopped before any training" in page
 
 
