@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,24 +143,26 @@ async def ask(
     """Put every question to the service at `url`, `options.concurrency` at a time, and rate the answers."""
     tally, waiting, told = Tally(), iter(asked), 0.0
 
-    async def worker(client: httpx.AsyncClient) -> None:
+    async def worker() -> None:
         nonlocal told
-        for question in waiting:
-            await _one(client, question, model_hash, options, language, tally)
-            if time.monotonic() - told > REPORT_SECONDS or tally.done == len(asked):
-                told = time.monotonic()
-                share = tally.up / max(1, tally.up + tally.down)
-                metrics = {"opinions": float(tally.up + tally.down), "thumbs_up_share": share}
-                emit({"event": "metrics", "step": tally.done, "total": len(asked), "metrics": metrics})
+        async with _connection(url, trust) as client:
+            for question in waiting:
+                await _one(client, question, model_hash, options, language, tally)
+                if time.monotonic() - told > REPORT_SECONDS or tally.done == len(asked):
+                    told = time.monotonic()
+                    share = tally.up / max(1, tally.up + tally.down)
+                    metrics = {"opinions": float(tally.up + tally.down), "thumbs_up_share": share}
+                    emit({"event": "metrics", "step": tally.done, "total": len(asked), "metrics": metrics})
 
-    async with _client(url, options.concurrency) as client:
+    trust = ssl.create_default_context()
+    async with _connection(url, trust) as client:
         await _serves(client, model_hash, options.patience)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(options.concurrency, len(asked))):
-                    group.create_task(worker(client))
-        except* RaterError as errors:
-            raise errors.exceptions[0] from None
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(options.concurrency, len(asked))):
+                group.create_task(worker())
+    except* RaterError as errors:
+        raise errors.exceptions[0] from None
     return tally
 
 
@@ -200,14 +202,14 @@ async def _one(
 # ---------------------------------------------------------------- the service
 
 
-@asynccontextmanager
-async def _client(url: str, concurrency: int) -> AsyncIterator[httpx.AsyncClient]:
+def _connection(url: str, trust: ssl.SSLContext) -> httpx.AsyncClient:
+    """A client with one connection: a worker's own, because httpx's pool looks through all of its connections at every
+    request, which took most of the rater's time."""
     import httpx
 
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
     # trust_env=False: a proxy of the environment has no business with a loopback address
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60.0, trust_env=False) as client:
-        yield client
+    return httpx.AsyncClient(base_url=url, verify=trust, limits=limits, timeout=60.0, trust_env=False)
 
 
 async def _address(look: Callable[[], str | None], patience: float) -> str:
