@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -40,7 +40,8 @@ class IngestOptions:
     max_chars: int = 80
     max_chars_conversation: int = 200
     min_prompt_words: int = 2
-    max_chats: int = 0
+    min_reply_words: int = 3
+    max_chats: int = 4000
     shard_rows: int = 20_000
 
     def __post_init__(self) -> None:
@@ -52,6 +53,7 @@ class IngestOptions:
             ("max_chars", 1),
             ("max_chars_conversation", 1),
             ("min_prompt_words", 1),
+            ("min_reply_words", 1),
             ("max_chats", 0),
             ("shard_rows", 1),
         ):
@@ -143,7 +145,7 @@ def make_data(root: Path, options: IngestOptions) -> dict[str, Any]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        limits = Limits(options.max_chars, options.max_chars_conversation, options.min_prompt_words, options.max_chats)
+        limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
         counts = write_data(LANGUAGES[options.language](limits), temporary, options)
         if target.exists():
             shutil.rmtree(target)

