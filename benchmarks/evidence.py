@@ -283,13 +283,13 @@ def health(r: Result) -> list[str]:
     def change(key: str, digits: int = 3) -> str:
         return f"{sft[key]:.{digits}f} → {after[key]:.{digits}f}"
 
-    common = str(after["most_common_answer"]).replace("|", "\\|").replace("\n", " ")
+    common = repr(after["most_common_answer"]).replace("|", "\\|")
     return [
         str(r.seed),
         f"{after['kl_per_answer']:.2f}",
         change("length_characters", 1),
         change("distinct_answers"),
-        f"{change('most_common_share')} ({common!r})",
+        f"{change('most_common_share')} ({common})",
         change("character_distinct_4"),
         f"{change('relevance', 2)} ({kept_relevance(r):.0%})",
         f"{change('perplexity', 1)} (× {r.against_sft['perplexity_ratio']:.3f})",
