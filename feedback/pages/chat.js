@@ -95,6 +95,7 @@ function choose(element, turn, value) {
   turn.wanted = chosen === value ? 0 : value;
   turn.key = key();
   press(element, turn.wanted);
+  keep();
   save(element, turn);
 }
 
@@ -311,10 +312,12 @@ document.getElementById("new").addEventListener("click", () => {
 });
 
 for (const turn of conversation.turns) {
+  const rated = "thumb" in turn || "wanted" in turn;
   delete turn.saving;
+  delete turn.wanted; // whether it arrived before the reload, the server knows
   showQuestion(turn.question);
   const element = showAnswer(turn);
-  if (turn.completion) refreshThumb(element, turn);
+  if (rated) refreshThumb(element, turn);
 }
 watchModel();
 box.focus();
