@@ -23,7 +23,7 @@ STAGES = ["curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "rewa
 PARAMETERS = {"preset": "micro", "overrides": {"ppo.iterations": 8, "ppo": {"checkpoint_every": 2}}}
 SERVERS = "import sys; from pathlib import Path; from flows import servers; servers.{}(Path.cwd())"
 
-pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1200)]
 
 
 class Checkout:
@@ -31,6 +31,7 @@ class Checkout:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.started: list[subprocess.Popen] = []
         for name in COPIED:
             source, target = REPOSITORY / name, root / name
             if source.is_dir():
@@ -46,14 +47,23 @@ class Checkout:
 
     def python(self, *arguments: str, **options: Any) -> subprocess.Popen:
         """A Python of this checkout, in a session of its own."""
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=self.root, env=self.environment, start_new_session=True, **options
-        )
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, cwd=self.root, env=self.environment, start_new_session=True, **options)
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what still runs, with its children, and stop the servers."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.python("-c", SERVERS.format("stop")).wait(60)
 
     def drive(self, flow: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Run a flow to its end; its state as {"type", "name", "message"}."""
         process = self.flow(flow, parameters)
-        output = process.communicate(timeout=500)[0]
+        output = process.communicate(timeout=900)[0]
         assert process.returncode == 0, output
         return json.loads(output.splitlines()[-1])
 
@@ -111,11 +121,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
         assert made.python("-c", SERVERS.format("start")).wait(200) == 0
         yield made
     finally:
-        made.python("-c", SERVERS.format("stop")).wait(60)
+        made.end()
 
 
 def test_killed_in_ppo_the_wheel_goes_on_and_turns_to_its_end(checkout: Checkout) -> None:
-    process, end = checkout.flow("align", PARAMETERS), time.monotonic() + 400
+    process, end = checkout.flow("align", PARAMETERS), time.monotonic() + 900
     while not any(e["stage"] == "ppo" and e["event"] == "metrics" and e["step"] >= 3 for e in checkout.events()):
         assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=10)[0]
         time.sleep(0.05)
