@@ -71,6 +71,9 @@ def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> Runne
         **options,
     )
     assert isinstance(made, RunnerDeployment)
+    for parameter in made._parameter_openapi_schema.properties.values():
+        if parameter.get("default", "") is None:
+            del parameter["default"]  # the form would send the null back, and the server refuse it
     return made
 
 

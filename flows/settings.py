@@ -206,7 +206,12 @@ def changes_model() -> type[Changes]:
 
 
 def _left_empty(kind: Any, title: str, **options: Any) -> tuple[Any, Any]:
-    """An optional field whose schema does not mention null: Prefect's form then shows it as a field to be left empty."""
+    """An optional field whose schema does not mention null: Prefect's form then shows it as a field to be left empty.
+
+    Not so a yes-or-no: its box cannot be left empty, and the form would send "no".
+    """
+    if kind is bool:
+        return bool | None, Field(None, title=title, **options)
 
     def without_default(schema: dict[str, Any]) -> None:
         schema.pop("default", None)

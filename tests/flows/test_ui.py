@@ -55,7 +55,7 @@ def test_the_flow_is_started_with_changed_parameters(wheel: Path, page: Page) ->
     field(page, "seed").fill("7")
     field(page, "iterations").fill("3")
     page.get_by_role("button", name="Submit").click()
-    page.wait_for_url(lambda url: not url.endswith("/run"))
+    page.wait_for_url(lambda url: "/run?" not in url and not url.endswith("/run"))
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         runs = runs_of(wheel, "align")
