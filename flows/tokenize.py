@@ -18,10 +18,10 @@ from models.tokenizer import Tokenizer
 class TokenizeOptions:
     """Section `tokenize` of params.yaml. Lengths in tokens; longer rows are left out and counted."""
 
-    vocab_size: int = 2048
-    max_conversation: int = 128
-    max_prompt: int = 64
-    training_characters: int = 4_000_000
+    vocab_size: int = 1280
+    max_conversation: int = 96
+    max_prompt: int = 48
+    training_characters: int = 1_500_000
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_conversation", "max_prompt", "training_characters"):

@@ -10,12 +10,12 @@ from typing import Any
 class ModelOptions:
     """Section `model` of params.yaml: the decoder to pretrain (the vocabulary's size comes from the tokenizer)."""
 
-    hidden_size: int = 192
+    hidden_size: int = 128
     num_hidden_layers: int = 4
-    num_attention_heads: int = 6
-    num_key_value_heads: int = 6
-    intermediate_size: int = 512
-    max_position_embeddings: int = 128
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    intermediate_size: int = 352
+    max_position_embeddings: int = 96
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
@@ -36,7 +36,7 @@ class ModelOptions:
 class ModelConfig(ModelOptions):
     """A Llama-style decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention)."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 1280
 
     @property
     def head_dim(self) -> int:

@@ -37,30 +37,30 @@ class PPOOptions:
     that an answer is not chased for being rated ever higher (a bounded reward hinders reward hacking: Fu et al. 2025).
     """
 
-    iterations: int = 80
-    batch_size: int = 64
+    iterations: int = 24
+    batch_size: int = 128
     minibatches: int = 2
     epochs: int = 2
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     temperature: float = 1.0
-    learning_rate: float = 1e-4
-    critic_learning_rate: float = 3e-4
-    warmup_steps: int = 10
+    learning_rate: float = 5e-4
+    critic_learning_rate: float = 1e-3
+    warmup_steps: int = 4
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    kl_coefficient: float = 0.05
-    kl_target: float | None = 6.0
+    kl_coefficient: float = 0.08
+    kl_target: float | None = None
     kl_horizon: int = 2000
     reward: str = "probability"
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
-    ptx_coefficient: float = 0.5
-    ptx_batch_size: int = 4
-    ptx_conversations: int = 32
+    ptx_coefficient: float = 0.2
+    ptx_batch_size: int = 2
+    ptx_conversations: int = 16
     clip_norm: float = 1.0
-    checkpoint_every: int = 10
+    checkpoint_every: int = 4
     log_every: int = 1
 
     def __post_init__(self) -> None:

@@ -24,13 +24,13 @@ from models.transformer import Transformer, dense_layout
 class PretrainOptions:
     """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context."""
 
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 3e-3
+    steps: int = 900
+    batch_size: int = 8
+    learning_rate: float = 4e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    checkpoint_every: int = 50
+    checkpoint_every: int = 100
     log_every: int = 10
 
     def __post_init__(self) -> None:

@@ -26,8 +26,8 @@ class SFTOptions:
     """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs."""
 
     steps: int = 500
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     clip_norm: float = 1.0
