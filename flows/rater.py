@@ -43,7 +43,7 @@ class RaterOptions:
     """
 
     enabled: bool = True
-    prompts: int = 3000
+    prompts: int = 2300
     samples: int = 2
     concurrency: int = 64
     temperature: float = 1.0
