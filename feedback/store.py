@@ -9,6 +9,8 @@ connection, so that many of them can share one transaction; the methods here ope
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +41,14 @@ class Store:
         """
         parsed = make_url(url)
         self.dialect = parsed.get_backend_name()
+        # SQLite's waiting writers poll, and one may starve; the threads of a process queue here instead
+        self._turn = threading.Lock() if self.dialect == "sqlite" else contextlib.nullcontext()
         if self.dialect == "sqlite":
             if not parsed.database or parsed.database == ":memory:":
                 raise ValueError(f"the feedback database needs a file: {url}; use sqlite:///path/to/feedback.db")
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = sa.create_engine(parsed)
+            # kept open: opening one in the middle of others' writes is slow, and may find the file locked
+            self.engine = sa.create_engine(parsed, pool_size=16, max_overflow=16)
             sa.event.listen(self.engine, "connect", prepare_sqlite)
             sa.event.listen(self.engine, "begin", begin_sqlite)
         elif self.dialect == "postgresql":
@@ -68,7 +73,8 @@ class Store:
         sees n sees all below n. Writers wait for each other; the service commits many requests in one transaction
         (writer.py), so that costs little.
         """
-        with self.engine.connect().execution_options(thumbwheel_write=True) as connection, connection.begin():
+        connected = self.engine.connect().execution_options(thumbwheel_write=True)
+        with connected as connection, self._turn, connection.begin():
             if self.dialect == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
             yield connection
@@ -210,7 +216,9 @@ def prepare_sqlite(connection: Any, record: object) -> None:
     connection.isolation_level = None  # begin_sqlite says BEGIN, so that a write transaction locks at its start
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout = 30000")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    # it stays with the file; saying it again would ask for a lock that nobody waits for
+    if cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()

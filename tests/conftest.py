@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -78,8 +79,7 @@ def postgres_server() -> Iterator[str]:
                 time.sleep(0.05)
         yield url
     finally:
-        process.terminate()
-        process.send_signal(2)  # "fast shutdown": do not wait for clients
+        process.send_signal(signal.SIGINT)  # PostgreSQL's "fast shutdown": do not wait for clients
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -180,16 +182,18 @@ def test_voters_against_open_batch_put_every_opinion_into_exactly_one_batch(stor
     def close() -> None:
         while not done.is_set():
             store.open_batch()
+            time.sleep(0.005)
 
-    voters = [threading.Thread(target=vote, args=(f"voter {n}",)) for n in range(3)]
-    closers = [threading.Thread(target=close) for _ in range(2)]
-    for thread in voters + closers:
-        thread.start()
-    for thread in voters:
-        thread.join()
-    done.set()
-    for thread in closers:
-        thread.join()
+    with ThreadPoolExecutor(5) as pool:
+        closers = [pool.submit(close) for _ in range(2)]
+        voters = [pool.submit(vote, f"voter {n}") for n in range(3)]
+        try:
+            for voter in voters:
+                voter.result()
+        finally:
+            done.set()
+        for closer in closers:
+            closer.result()
     store.open_batch()
     with store.read() as connection:
         accepted = connection.execute(sa.select(item.c.feedback_id).where(item.c.accepted)).scalars().all()
