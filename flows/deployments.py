@@ -9,12 +9,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterTags,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State, StateType
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.events.schemas.automations import Posture
 from prefect.flows import Flow
 from prefect.runner import Runner
+from prefect.states import Scheduled
 
 from flows import bell, servers
 from flows.align import align
@@ -22,6 +31,7 @@ from flows.onestage import STAGE_FLOWS
 from flows.reconcile import reconcile
 from flows.retrain import retrain
 
+TAG = "thumbwheel"
 RECONCILE_EVERY = timedelta(minutes=10)
 # a second run waits for the first; CANCEL_NEW would lose what came meanwhile
 ONE_AFTER_ANOTHER = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
@@ -67,7 +77,7 @@ def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> Runne
         description=description,
         concurrency_limit=ONE_AFTER_ANOTHER,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        tags=["thumbwheel"],
+        tags=[TAG],
         **options,
     )
     assert isinstance(made, RunnerDeployment)
@@ -75,6 +85,18 @@ def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> Runne
         if parameter.get("default", "") is None:
             del parameter["default"]  # the form would send the null back, and the server refuse it
     return made
+
+
+def requeue() -> int:
+    """Schedule again what an earlier runner of this workspace had taken up and not begun when it ended; how many."""
+    pending = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING])))
+    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    with get_client(sync_client=True) as client:
+        left = client.read_flow_runs(flow_run_filter=pending, deployment_filter=ours, limit=200)
+        for each in left:
+            again: State[Any] = Scheduled(message="its runner had ended")
+            client.set_flow_run_state(each.id, again, force=True)
+    return len(left)
 
 
 async def run(chosen: list[RunnerDeployment], ready: Path) -> None:
@@ -88,6 +110,7 @@ async def run(chosen: list[RunnerDeployment], ready: Path) -> None:
 
 def main() -> None:
     """The process that `thumbwheel up` starts; ends at SIGTERM."""
+    requeue()
     asyncio.run(run(list(deployments()), servers.ready_path(servers.workspace(), "runner")))
 
 
