@@ -45,7 +45,10 @@ def demo(
     from flows.demo import run
 
     signal.signal(signal.SIGTERM, _interrupt)
-    raise typer.Exit(run(_enter(), keep, Console()))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log has no width of its own
+    raise typer.Exit(run(_enter(), keep, console))
 
 
 @app.command()

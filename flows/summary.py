@@ -88,7 +88,7 @@ def where_to_look(root: Path, kept: bool, console: Console) -> None:
     found = [
         ("the judge's report", report_path(root)),
         ("the data gate's page", root / "artifacts" / "validate" / "report.html"),
-        ("the promoted model", root / "artifacts" / "ppo" / "model"),
+        ("the candidate", root / "artifacts" / "ppo" / "model"),
         ("logs", servers.state_folder(root) / "logs"),
     ]
     console.print("\nWhere to look", style="bold")
