@@ -1,7 +1,8 @@
 """Generation: continuous batching over a fixed number of slots, one random stream a request, and scoring of given answers.
 
-Every decode step runs at the same width whatever the load, and each prompt is read alone, so a request's text depends
-on its prompt, sampling settings and seed, not on its batch mates (promised per width, device kind and thread count).
+Every decode step runs at the same width whatever the load, and prompts are read in blocks of one shape, so a request's
+text depends on its prompt, sampling settings and seed, not on its batch mates (promised per width, device kind and thread
+count).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.losses import log_probs
-from models.transformer import Block, Layout, Transformer, packed_layout, rotate
+from models.transformer import Block, Layout, Transformer, dense_layout, packed_layout, rotate
 
 SPAN = 32  # attention looks at this many keys or a multiple: what is masked adds exact zeros, so the bits do not change
+PREFILL_ROWS = 8  # prompts read together: enough rows for a matrix product to run near its peak
 
 
 @dataclass(frozen=True)
@@ -102,29 +104,45 @@ class Engine:
     def step(self) -> list[Token]:
         """Admit waiting prompts into free slots, then sample one token for every request under way."""
         out = []
-        for row in range(self.width):
-            while self.slots[row] is None and self.waiting:
-                out.append(self._admit(row, self.waiting.popleft()))
+        while self.waiting and self.slots.count(None) >= min(PREFILL_ROWS, self.width, len(self.waiting)):
+            out += self._admit()  # under load a whole block at a time; a lone prompt at once
         if any(self.slots):
             out += self._sample(self._decode(), [row for row, slot in enumerate(self.slots) if slot])
         return out
 
-    def _admit(self, row: int, request: Request) -> Token:
-        """Read the prompt alone, keep its keys and values, sample the first token."""
-        n = len(request.prompt)
-        prompt = torch.tensor(request.prompt, device=self.device)
-        hidden, cache = self.model.forward_with_cache(prompt, packed_layout([n], self.device))
+    def _admit(self) -> list[Token]:
+        """Read up to PREFILL_ROWS waiting prompts of one length class into free slots, and sample their first tokens.
+
+        The block has the same shape however many there are; what pads it comes after, so no prompt sees it.
+        """
+        longest = _round_up(len(self.waiting[0].prompt), self.model.config.context_length)
+        free = [row for row, slot in enumerate(self.slots) if slot is None][:PREFILL_ROWS]
+        chosen: list[Request] = []
+        while self.waiting and len(chosen) < len(free):
+            if _round_up(len(self.waiting[0].prompt), self.model.config.context_length) != longest:
+                break
+            chosen.append(self.waiting.popleft())
+        block = torch.zeros(PREFILL_ROWS, longest, dtype=torch.long)
+        for i, request in enumerate(chosen):
+            block[i, : len(request.prompt)] = torch.tensor(request.prompt)
+        tokens = block.view(-1).to(self.device)
+        hidden, cache = self.model.forward_with_cache(tokens, dense_layout(PREFILL_ROWS, longest, self.device))
+        rows = free[: len(chosen)]
         for layer, (k, v) in enumerate(cache):
-            self.keys[layer, row, :, :n] = k.transpose(0, 1)
-            self.values[layer, row, :, :n] = v.transpose(0, 1)
-        self.slots[row], self.lengths[row] = _Slot(request), n
-        logits = self.model.logits(hidden[-1:])
-        return self._sample(logits, [row], first=True)[0]
+            for store, new in ((self.keys, k), (self.values, v)):
+                blocks = new.view(PREFILL_ROWS, longest, *new.shape[1:]).transpose(1, 2)
+                store[layer, rows, :, :longest] = blocks[: len(chosen)]
+        for row, request in zip(rows, chosen, strict=True):
+            self.slots[row], self.lengths[row] = _Slot(request), len(request.prompt)
+        last = torch.arange(PREFILL_ROWS) * longest
+        last[: len(chosen)] += torch.tensor([len(request.prompt) - 1 for request in chosen])
+        logits = self.model.logits(hidden[last.to(self.device)])
+        return self._sample(logits[: len(chosen)], rows, first=True)
 
     def _decode(self) -> Tensor:
         """One step at full width: [width] tokens → logits [width, V]. Idle rows compute and are ignored."""
         c, at = self.model.config, self.lengths.to(self.device)
-        span = min(c.context_length, -(-(int(self.lengths.max()) + 1) // SPAN) * SPAN)
+        span = _round_up(int(self.lengths.max()) + 1, c.context_length)
         x = self.model.embedding(self.tokens.to(self.device))
         cos, sin = self.model.cos[at], self.model.sin[at]
         hidden_keys = torch.arange(span, device=self.device)[None, :] > at[:, None]
@@ -154,7 +172,7 @@ class Engine:
         return x + (F.silu(gate) * up) @ w[3]
 
     def _sample(self, logits: Tensor, rows: list[int], first: bool = False) -> list[Token]:
-        """Sample for the given rows (of full-width logits, or of one row when first) and free what has ended."""
+        """Sample for the given rows (of full-width logits, or of just these rows when first) and free what has ended."""
         live = [(row, slot) for row in rows if (slot := self.slots[row])]
         if not first and len(rows) < self.width:
             logits = logits[rows]
@@ -172,6 +190,11 @@ class Engine:
                 self.lengths[row] = 0
             out.append(Token(slot.request.id, id, logprob, reason))
         return out
+
+
+def _round_up(length: int, context: int) -> int:
+    """The next multiple of SPAN, or the context where that is shorter."""
+    return min(context, -(-length // SPAN) * SPAN)
 
 
 def _transposed(model: Transformer) -> list[list[Tensor]]:
