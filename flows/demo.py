@@ -28,7 +28,7 @@ LOG = "align"
 
 
 class Memory:
-    """Samples, each second, the memory of this process, its children and the servers: summed PSS, so that shared pages
+    """Samples, every few seconds, the memory of this process, its children and the servers: summed PSS, so that shared pages
     count once (where the kernel tells PSS; elsewhere the sum of what each process has for itself)."""
 
     def __init__(self, root: Path) -> None:
@@ -46,7 +46,7 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(1.0):
+        while not self._stop.wait(3.0):  # reading PSS of a dozen processes costs a tenth of a second
             self.now = sum(_memory(process) for process in self._tree())
             self.peak = max(self.peak, self.now)
 
@@ -115,6 +115,7 @@ def _turn(root: Path, owner: str, console: Console, memory: Memory) -> str:
     """Servers and flow together, with what a person sees of it. Returns what went wrong, "" when nothing did."""
     durations = servers.state_folder(root) / "durations.json"
     progress = Progress(STAGES, read_durations(durations))
+    progress.assume_unchanged(name for name in STAGES if (root / "artifacts" / name).exists())
     events.path(root).parent.mkdir(parents=True, exist_ok=True)
     follower = Follower(events.path(root))
     outcome_path(root).unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,18 @@ class Progress:
         self.known = {**TYPICAL_SECONDS, **durations}
         self.measured = set(durations)
         self.lines = {name: Line(name, self.known.get(name, 5.0)) for name in names}
+        self.assumed: set[str] = set()
+
+    def assume_unchanged(self, names: Iterable[str]) -> None:
+        """Expect these stages to be found up to date, until one of them turns out to run."""
+        self.assumed = set(names) & self.lines.keys()
+        for name in self.assumed:
+            self.lines[name].expected = 1.0
+
+    def _expect_all(self) -> None:
+        for name in self.assumed:
+            self.lines[name].expected = self.known.get(name, 5.0)
+        self.assumed = set()
 
     def take(self, event: Mapping[str, Any]) -> Line | None:
         """Follow one event ({"event": "stage"|"metrics"|"resumed", "stage": …}); others are ignored. Returns its line."""
@@ -106,12 +118,16 @@ class Progress:
         if state == "started" and line.state != "started":
             line.started = line.first_step_at = now
         line.state = state
+        if state == "finished" and line.name in self.assumed:
+            self._expect_all()
         if state in ENDED:
             line.seconds = float(seconds) if seconds is not None else (now - line.started if line.started else 0.0)
 
     def _advance(self, line: Line, event: Mapping[str, Any], now: float) -> None:
         if line.state == "waiting":
             self._change(line, "started", None, now)
+        if line.name in self.assumed:
+            self._expect_all()
         line.step, line.total = int(event["step"]), int(event["total"])
         line.metrics = {k: float(v) for k, v in event.get("metrics", {}).items() if isinstance(v, int | float)}
 
@@ -132,11 +148,11 @@ class Progress:
         return sum(line.left(now, 1.0 if line.name in self.measured else scale) for line in self.lines.values())
 
     def durations(self) -> dict[str, float]:
-        """Seconds of every stage that ran from its start to its end."""
+        """Seconds of every stage that ran from its start to its end, and did something."""
         return {
             line.name: round(line.seconds, 1)
             for line in self.lines.values()
-            if line.state == "finished" and not line.first_step
+            if line.state == "finished" and not line.first_step and line.seconds >= 1
         }
 
 

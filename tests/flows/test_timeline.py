@@ -73,6 +73,16 @@ def test_unchanged_stages_leave_nothing_to_wait_for() -> None:
     assert progress.durations() == {}
 
 
+def test_what_was_made_before_counts_little_until_a_stage_runs_after_all() -> None:
+    progress = Progress(["curate", "ppo", "judge"], {"curate": 8.0, "ppo": 90.0, "judge": 30.0}, Clock())
+    progress.assume_unchanged(["curate", "ppo", "judge"])
+    assert progress.left() == 3.0
+    progress.take(stage("curate", "unchanged", 0.2))
+    assert progress.left() == 2.0
+    progress.take(steps("ppo", 0, 80))  # its parameters changed
+    assert progress.left() == 90.0 + 30.0
+
+
 def test_a_file_is_followed_from_its_present_end_line_by_whole_line(tmp_path: Path) -> None:
     path = tmp_path / "progress.jsonl"
     path.write_text(json.dumps(stage("old", "finished")) + "\n")
