@@ -37,7 +37,7 @@ class PPOOptions:
     that an answer is not chased for being rated ever higher (a bounded reward hinders reward hacking: Fu et al. 2025).
     """
 
-    iterations: int = 24
+    iterations: int = 20
     batch_size: int = 128
     minibatches: int = 2
     epochs: int = 2
