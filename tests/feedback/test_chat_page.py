@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -170,13 +171,17 @@ def test_it_fits_a_telephone_and_speaks_chinese(browser: Any, server: Any) -> No
     context.close()
 
 
-def test_pictures_for_the_documentation(page: Any, server: Any) -> None:
-    folder = os.environ.get("THUMBWHEEL_SCREENSHOTS")
-    if not folder:
-        pytest.skip("THUMBWHEEL_SCREENSHOTS names no folder: no picture is taken")
-    answer = ask(page, "How was your day?")
-    answer.get_by_role("button", name="Good answer").click()
-    wait_for_state(answer, "Saved")
+@pytest.mark.skipif(not os.environ.get("THUMBWHEEL_SCREENSHOTS"), reason="THUMBWHEEL_SCREENSHOTS names no folder")
+def test_pictures_for_the_documentation(page: Any) -> None:
+    """Of this checkout's own chat service where it runs (after `make up`), else of the tests' random model."""
+    folder = os.environ["THUMBWHEEL_SCREENSHOTS"]
+    running = Path(__file__).parents[2] / ".thumbwheel" / "servers.json"
+    if running.exists() and (service := json.loads(running.read_text()).get("service")):
+        page.goto(service["url"])
+    for text, thumb in (("Do you like music?", "Good answer"), ("What did you do today?", "Bad answer")):
+        answer = ask(page, text)
+        answer.get_by_role("button", name=thumb).click()
+        wait_for_state(answer, "Saved")
     Path(folder).mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(Path(folder) / "chat.png"))
 
