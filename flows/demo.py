@@ -71,21 +71,26 @@ def _memory(process: psutil.Process) -> int:
 
 
 class Boot(threading.Thread):
-    """Starts the three servers beside the data stages and tells its own progress; `error` says what went wrong."""
+    """Starts Prefect's and MLflow's servers, which the flow waits for (`ready`, after `seconds`), then the chat service
+    beside the data stages: it is not asked before there is an SFT model. `error` says what went wrong."""
 
     def __init__(self, root: Path, owner: str) -> None:
         super().__init__(daemon=True)
         self.root, self.owner = root, owner
+        self.ready = threading.Event()
         self.error = ""
         self.seconds = 0.0
 
     def run(self) -> None:
         started = time.monotonic()
+        records = [name for name in servers.CORE if name != "service"]
         try:
-            servers.start(self.root, owner=self.owner)
+            servers.start(self.root, records, owner=self.owner)
+            self.seconds = time.monotonic() - started
+            self.ready.set()
+            servers.start(self.root, ["service"], owner=self.owner)
         except Exception as error:
             self.error = str(error) or repr(error)
-        self.seconds = time.monotonic() - started
 
 
 def run(root: Path, keep: bool, console: Console) -> int:
@@ -156,15 +161,15 @@ def _follow(
 ) -> str:
     """Until the flow's process ends. Returns what went wrong with the servers, "" when nothing did."""
     assert child.stdin is not None
-    booting = True
+    waiting = True
     while True:
         ended = child.poll() is not None
-        if booting and not boot.is_alive():
-            booting = False
-            state = "failed" if boot.error else "finished"
-            progress.take({"event": "stage", "stage": "servers", "state": state, "seconds": boot.seconds})
-            if boot.error:
-                return boot.error
+        if boot.error:
+            progress.take({"event": "stage", "stage": "servers", "state": "failed", "seconds": boot.seconds})
+            return boot.error
+        if waiting and boot.ready.is_set():
+            waiting = False
+            progress.take({"event": "stage", "stage": "servers", "state": "finished", "seconds": boot.seconds})
             if not ended:
                 child.stdin.write(b"go\n")
                 child.stdin.flush()

@@ -43,7 +43,7 @@ class RaterOptions:
     """
 
     enabled: bool = True
-    prompts: int = 2300
+    prompts: int = 2150
     samples: int = 2
     concurrency: int = 64
     temperature: float = 1.0

@@ -13,7 +13,7 @@ from models.job import Job
 class SnapshotOptions:
     """Section `snapshot` of params.yaml. heldout_percent: of the rated prompts, never learned from."""
 
-    heldout_percent: int = 24
+    heldout_percent: int = 26
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_percent <= 100:

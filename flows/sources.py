@@ -81,7 +81,12 @@ def chitchat(limits: Limits) -> Iterator[tuple[str, Row]]:
                     yield "prompts", {"prompt": turns[i], "source": source, "group": group}
         for i in range(0, len(turns) - 3, 2):
             four = turns[i : i + 4]
-            if all(fits[i : i + 4]) and tells[i + 1] and tells[i + 3] and sum(map(len, four)) <= limits.max_chars_conversation:
+            if (
+                all(fits[i : i + 4])
+                and tells[i + 1]
+                and tells[i + 3]
+                and sum(map(len, four)) <= limits.max_chars_conversation
+            ):
                 yield "sft", {"messages": conversation(*four), "source": source, "group": group}
 
 

@@ -38,19 +38,19 @@ class PPOOptions:
     """
 
     iterations: int = 20
-    batch_size: int = 128
+    batch_size: int = 96
     minibatches: int = 2
     epochs: int = 2
     max_new_tokens: int = 32
     temperature: float = 1.0
-    learning_rate: float = 5e-4
+    learning_rate: float = 6e-4
     critic_learning_rate: float = 1e-3
     warmup_steps: int = 4
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    kl_coefficient: float = 0.08
+    kl_coefficient: float = 0.07
     kl_target: float | None = None
     kl_horizon: int = 2000
     reward: str = "probability"
@@ -58,7 +58,7 @@ class PPOOptions:
     missing_eos_penalty: float | None = None
     ptx_coefficient: float = 0.2
     ptx_batch_size: int = 2
-    ptx_conversations: int = 16
+    ptx_conversations: int = 12
     clip_norm: float = 1.0
     checkpoint_every: int = 4
     log_every: int = 1

@@ -24,7 +24,7 @@ from models.transformer import Transformer, dense_layout
 class PretrainOptions:
     """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context."""
 
-    steps: int = 750
+    steps: int = 500
     batch_size: int = 8
     learning_rate: float = 4e-3
     warmup_steps: int = 50

@@ -25,7 +25,7 @@ from models.transformer import Layout, Transformer, packed_layout
 class SFTOptions:
     """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs."""
 
-    steps: int = 420
+    steps: int = 380
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     warmup_steps: int = 20

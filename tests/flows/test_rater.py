@@ -112,7 +112,11 @@ def test_a_set_is_rated_once_whatever_happens(place: tuple[Path, str, str], monk
     # complete: nobody is asked, the service need not even run
     monkeypatch.setenv("THUMBWHEEL_SERVICE_URL", "http://127.0.0.1:9")
     assert rater.rate(root, hash, OPTIONS) == {
-        "asked": 0, "up": 0, "down": 0, "replayed": 0, "refused": 0,
+        "asked": 0,
+        "up": 0,
+        "down": 0,
+        "replayed": 0,
+        "refused": 0,
         "before": 40,
     }
     assert len(log(root)) == 40
