@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import flow, get_run_logger
@@ -48,6 +49,7 @@ def learn(run: FlowRun, store: Store) -> dict[str, Any]:
     manifest = store.manifest()
     run.write_json(MANIFEST, manifest)
     run.stage("snapshot")
+    check_tokenizer(run.root)
     run.stage("reward")
     run.stage("ppo")
     name_champion(run, store)
@@ -58,6 +60,23 @@ def learn(run: FlowRun, store: Store) -> dict[str, Any]:
         if batch.id in learned:
             store.consume_batch(batch.id, run.parent)
     return decision
+
+
+def check_tokenizer(root: Path) -> None:
+    """Refuse opinions on answers of another tokenizer: their token ids would mean other words to the reward model.
+
+    Raises RuntimeError that names the models.
+    """
+    ours = (root / "artifacts/sft/model/tokenizer.json").read_bytes()
+    rows = (root / "artifacts/snapshot/opinions.train.jsonl").read_text(encoding="utf-8").splitlines()
+    for rated in sorted({json.loads(row)["model_hash"] for row in rows}):
+        theirs = root / ".thumbwheel/models" / rated / "tokenizer.json"
+        if theirs.exists() and theirs.read_bytes() != ours:
+            raise RuntimeError(
+                f"people rated answers of model {rated[:12]}, whose tokenizer is not that of artifacts/sft/model: their "
+                "token ids do not fit. Put data, curate and tokenize back as they were, or begin anew with an empty "
+                "feedback database (THUMBWHEEL_DATABASE_URL, by default .thumbwheel/feedback.db)"
+            )
 
 
 def name_champion(run: FlowRun, store: Store) -> None:
