@@ -19,7 +19,28 @@ from models.corpus import conversations, prompts, text_stream
 from models.tokenizer import Tokenizer
 
 WORDS = [
-    *("good bad day night food music happy sad cat dog run talk you me they what why nice love hate rain sun").split(),
+    "good",
+    "bad",
+    "day",
+    "night",
+    "food",
+    "music",
+    "happy",
+    "sad",
+    "cat",
+    "dog",
+    "run",
+    "talk",
+    "you",
+    "me",
+    "they",
+    "what",
+    "why",
+    "nice",
+    "love",
+    "hate",
+    "rain",
+    "sun",
 ]
 CHECKPOINT = 3
 PARAMS: dict[str, Any] = {
