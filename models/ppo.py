@@ -50,7 +50,7 @@ class PPOOptions:
     value_clip_range: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    kl_coefficient: float = 0.07
+    kl_coefficient: float = 0.06
     kl_target: float | None = None
     kl_horizon: int = 2000
     reward: str = "probability"

@@ -38,14 +38,14 @@ class RewardOptions:
     """Section `reward` of params.yaml. A step sees batch_size prompts with all their rated answers."""
 
     epochs: int = 2
-    batch_size: int = 32
-    learning_rate: float = 3e-4
+    batch_size: int = 8
+    learning_rate: float = 6e-4
     warmup_steps: int = 10
     weight_decay: float = 0.1
     pair_weight: float = 1.0
     thumb_weight: float = 1.0
     clip_norm: float = 1.0
-    checkpoint_every: int = 50
+    checkpoint_every: int = 100
     log_every: int = 10
 
     def __post_init__(self) -> None:
