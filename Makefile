@@ -18,7 +18,7 @@ demo: $(VENV)/.ok  ## install, then run the main job
 	$(BIN)/thumbwheel demo
 
 test: $(VENV)/.ok  ## install, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 up: $(VENV)/.ok  ## start the servers, the deployment runner and the bell, and keep them
 	$(BIN)/thumbwheel up
