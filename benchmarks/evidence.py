@@ -238,7 +238,8 @@ def document(results: Sequence[Result], code: str) -> str:
         ),
         "The intervals of the mean gains resample seeds, and prompts within each seed.",
         "## Every seed",
-        "SFT model → candidate, on held-out prompts that were used for nothing else.",
+        "SFT model → candidate, on held-out prompts that were used for nothing else. Seconds are of the main job as it "
+        "ran, with whatever else the machine did and with what earlier runs had made restored from DVC's cache.",
         table(
             ["seed", "prompts", "thumbs up", "gain", "second judge", "gain", "gate", "seconds"],
             [gains(r) for r in results],
