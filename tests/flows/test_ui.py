@@ -75,14 +75,14 @@ def test_the_flow_is_started_with_changed_parameters(wheel: Path, page: Page) ->
 
 
 @pytest.mark.skipif(not os.environ.get("THUMBWHEEL_SCREENSHOTS"), reason="THUMBWHEEL_SCREENSHOTS names no folder")
-def test_pictures_of_prefect_and_mlflow(wheel: Path, page: Page) -> None:
+def test_pictures_of_prefect_and_mlflow(request: pytest.FixtureRequest, page: Page) -> None:
     """Of this checkout's own servers where they run (after `make up`), else of the tests'."""
     folder = Path(os.environ["THUMBWHEEL_SCREENSHOTS"])
     folder.mkdir(parents=True, exist_ok=True)
     checkout = Path(__file__).parents[2]
     running = servers.read(checkout)
-    shown = checkout if all(name in running and running[name].alive for name in servers.CORE) else wheel
-    take_pictures(shown, page, folder)
+    ours = all(name in running and running[name].alive for name in servers.CORE)
+    take_pictures(checkout if ours else request.getfixturevalue("wheel"), page, folder)
     assert (folder / "prefect.png").stat().st_size > 10_000
     assert (folder / "mlflow.png").stat().st_size > 10_000
 
