@@ -11,7 +11,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,11 @@ class StageRun:
                 self._waiting.append(Metric(key, float(value), now, step))
         if len(self._waiting) >= _BATCH or time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def curve(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Log the points of a curve, `step` in each row, that the run does not hold yet."""
+        for row in rows:
+            self.metrics(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
 
     def flush(self) -> None:
         """Send what waits."""

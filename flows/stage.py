@@ -164,6 +164,8 @@ def _run(
             def sink(event: dict[str, Any]) -> None:
                 if event["event"] == "metrics":
                     run.metrics(event["step"], event["metrics"])
+                elif event["event"] == "resumed":
+                    run.curve(event.pop("curve"))  # a killed process may have had no time to send its last points
                 emit(event)
 
             figures = _run_body(seen, root, here, work, lock, sink, body)

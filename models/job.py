@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,6 +72,6 @@ class Job:
         """Report that `step` of `total` steps is done, with its metrics."""
         self.emit({"event": "metrics", "step": step, "total": total, "metrics": dict(metrics)})
 
-    def resumed(self, step: int) -> None:
-        """Report that the work goes on from a checkpoint taken after `step` steps."""
-        self.emit({"event": "resumed", "step": step})
+    def resumed(self, step: int, curve: Sequence[Mapping[str, float]]) -> None:
+        """Report that the work goes on from a checkpoint taken after `step` steps, and the curve so far (`step` in each row)."""
+        self.emit({"event": "resumed", "step": step, "curve": list(curve)})

@@ -25,12 +25,12 @@ from models.reward import RewardModel, load_reward_model, score
 from models.rollout import Answer, flatten, generate
 from models.sft import collate
 from models.tokenizer import Tokenizer
-from models.training import Checkpoints, Curves, finish, stream
+from models.training import Stateful, Training, TrainingOptions, stream
 from models.transformer import Transformer, dense_layout
 
 
 @dataclass(frozen=True)
-class PPOOptions:
+class PPOOptions(TrainingOptions):
     """Section `ppo` of params.yaml. Lengths in tokens, KL in nats an answer.
 
     reward: "score" is the reward model's r as it is; "probability" is its probability of a thumb up, which saturates, so
@@ -64,17 +64,8 @@ class PPOOptions:
     log_every: int = 1
 
     def __post_init__(self) -> None:
-        for name in (
-            "iterations",
-            "batch_size",
-            "minibatches",
-            "epochs",
-            "max_new_tokens",
-            "checkpoint_every",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+        self.at_least_one("iterations", "batch_size", "minibatches", "epochs", "max_new_tokens")
         if self.reward not in ("score", "probability"):
             raise ValueError(f"reward must be score or probability, not {self.reward}")
         if self.batch_size % self.minibatches:
@@ -235,8 +226,12 @@ class Updater:
         self.skipped = 0
 
     def update(self, rollout: Rollout, seed: int, iteration: int) -> dict[str, float]:
-        """`epochs` passes over the rollout in shuffled minibatches; returns the statistics of the last."""
+        """`epochs` passes over the rollout in shuffled minibatches; returns the statistics of the last.
+
+        `skipped` then says how many of the steps were dropped for a gradient that is not finite.
+        """
         o = self.options
+        self.skipped = 0
         stats: dict[str, float] = {}
         steps = o.epochs * o.minibatches
         size = o.batch_size // o.minibatches
@@ -343,17 +338,16 @@ def run(job: Job) -> dict[str, Any]:
         load_reward_model(rewarder, job.device),
     )
     updater = Updater(models, options, tokens, chats)
-    curves, checkpoints = Curves(job, options.iterations), Checkpoints(job.work / "checkpoints")
-    beta, first = options.kl_coefficient, 0
-    if state := checkpoints.load():
-        models.policy.load_state_dict(state["policy"])
-        models.critic.load_state_dict(state["critic"])
-        updater.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        updater.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        first, beta, curves.rows, updater.skipped = state["step"], state["beta"], state["curve"], state["skipped"]
-        job.resumed(first)
+    parts: dict[str, Stateful] = {
+        "policy": models.policy,
+        "critic": models.critic,
+        "policy_optimizer": updater.policy_optimizer,
+        "critic_optimizer": updater.critic_optimizer,
+    }
+    training = Training(job, options, options.iterations, parts)
+    beta = training.numbers.get("kl_coefficient", options.kl_coefficient)
 
-    for iteration in range(first, options.iterations):
+    for iteration in range(training.first, options.iterations):
         clock = time.perf_counter()
         # 1. prompts, and answers with their rewards and advantages
         draw = stream(job.seed, "prompts", iteration)
@@ -364,30 +358,20 @@ def run(job: Job) -> dict[str, Any]:
         rolled = time.perf_counter() - clock
         # 2. the updates
         row |= updater.update(rollout, job.seed, iteration)
+        training.skipped += updater.skipped
         # 3. the KL controller
         if options.kl_target is not None:
             beta = adapt_kl(beta, row["objective/kl"], options.kl_target, options.batch_size, options.kl_horizon)
         # 4. records
         done = iteration + 1
-        if done % options.log_every == 0 or done == options.iterations:
+        if training.logs(done):
             seconds = time.perf_counter() - clock
             timing = {"episodes_per_second": options.batch_size / seconds, "rollout_share": rolled / seconds}
-            curves.log(done, row, timing)
-        if done % options.checkpoint_every == 0 or done == options.iterations:
-            checkpoints.save(
-                done,
-                {
-                    "policy": models.policy.state_dict(),
-                    "critic": models.critic.state_dict(),
-                    "policy_optimizer": updater.policy_optimizer.state_dict(),
-                    "critic_optimizer": updater.critic_optimizer.state_dict(),
-                    "beta": beta,
-                    "curve": curves.rows,
-                    "skipped": updater.skipped,
-                },
-            )
+            training.log(done, row, timing)
+        training.numbers = {"kl_coefficient": beta}
+        training.checkpoint(done)
 
-    tail = curves.rows[-10:]
+    tail = training.rows[-10:]
     metrics = {
         name.replace("/", "_"): math.fsum(row[name] for row in tail) / len(tail)
         for name in ("reward/score", "objective/kl", "answer/tokens", "answer/ended", "answer/distinct")
@@ -395,9 +379,9 @@ def run(job: Job) -> dict[str, Any]:
     metrics |= {
         "kl_coefficient": beta,
         "episodes": options.iterations * options.batch_size,
-        "skipped_steps": updater.skipped,
+        "skipped_steps": training.skipped,
     }
     card = "# thumbwheel PPO model\n\nThe SFT model after PPO against a reward model of people's thumbs."
     save_model(models.policy, job.output / "model", tokenizer, card)
-    finish(job, curves, metrics)
+    training.finish(metrics)
     return metrics

@@ -16,12 +16,12 @@ from models.job import Job
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
-from models.training import Checkpoints, Curves, finish, stream, torch_generator
+from models.training import Training, TrainingOptions, stream, torch_generator
 from models.transformer import Transformer, dense_layout
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
+class PretrainOptions(TrainingOptions):
     """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context."""
 
     steps: int = 500
@@ -34,11 +34,8 @@ class PretrainOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        super().__post_init__()
+        self.at_least_one("steps", "batch_size")
 
 
 @torch.inference_mode()
@@ -78,19 +75,13 @@ def run(job: Job) -> dict[str, Any]:
         )
     model = Transformer(config).initialize(torch_generator(job.seed, "weights")).to(job.device)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
-    curves, checkpoints = Curves(job, options.steps), Checkpoints(job.work / "checkpoints")
-    first, skipped = 0, 0
-    if state := checkpoints.load():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, curves.rows, skipped = state["step"], state["curve"], state["skipped"]
-        job.resumed(first)
+    training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
 
     layout = dense_layout(options.batch_size, length, job.device)
     weights = torch.full((options.batch_size * length,), 1 / (options.batch_size * length), device=job.device)
     model.train()
     clock, seen = time.perf_counter(), 0
-    for step in range(first, options.steps):
+    for step in range(training.first, options.steps):
         # 1. a batch of windows, at places that depend on seed and step alone
         starts = stream(job.seed, "windows", step).integers(0, len(tokens) - length, options.batch_size)
         windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(
@@ -103,26 +94,17 @@ def run(job: Job) -> dict[str, Any]:
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
-        skipped += not taken
+        training.skipped += not taken
         seen += windows.shape[0] * length
         # 4. records
         done = step + 1
-        if done % options.log_every == 0 or done == options.steps:
+        if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            curves.log(
+            training.log(
                 done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
             )
-        if done % options.checkpoint_every == 0 or done == options.steps:
-            checkpoints.save(
-                done,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curves.rows,
-                    "skipped": skipped,
-                },
-            )
+        training.checkpoint(done)
 
     model.eval()
     nll, _ = stream_loss(model, heldout, limit=256)
@@ -131,9 +113,9 @@ def run(job: Job) -> dict[str, Any]:
         "heldout_perplexity": math.exp(nll),
         "parameters": config.parameter_count(),
         "tokens_seen": options.steps * options.batch_size * length,
-        "skipped_steps": skipped,
+        "skipped_steps": training.skipped,
     }
     card = "# thumbwheel base model\n\nPretrained from random weights on the workspace's text. It completes; it does not chat."
     save_model(model, job.output / "model", tokenizer, card)
-    finish(job, curves, metrics)
+    training.finish(metrics)
     return metrics

@@ -29,12 +29,12 @@ from models.intervals import wilson
 from models.job import Job
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
-from models.training import Checkpoints, Curves, batches, finish, torch_generator
+from models.training import Training, TrainingOptions, batches, torch_generator
 from models.transformer import Layout, Transformer, packed_layout
 
 
 @dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(TrainingOptions):
     """Section `reward` of params.yaml. A step sees batch_size prompts with all their rated answers."""
 
     epochs: int = 2
@@ -49,9 +49,8 @@ class RewardOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+        self.at_least_one("epochs", "batch_size")
         if self.pair_weight < 0 or self.thumb_weight < 0 or self.pair_weight + self.thumb_weight == 0:
             raise ValueError("pair_weight and thumb_weight must not be negative, and one must be above 0")
 
@@ -239,18 +238,12 @@ def run(job: Job) -> dict[str, Any]:
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     per_epoch = math.ceil(len(train) / options.batch_size)
     steps = options.epochs * per_epoch
-    curves, checkpoints = Curves(job, steps), Checkpoints(job.work / "checkpoints")
-    first, skipped = 0, 0
-    if state := checkpoints.load():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, curves.rows, skipped = state["step"], state["curve"], state["skipped"]
-        job.resumed(first)
+    training = Training(job, options, steps, {"model": model, "optimizer": optimizer})
 
     model.train()
     clock, seen = time.perf_counter(), 0
     order: list[Any] = []
-    for step in range(first, steps):
+    for step in range(training.first, steps):
         # 1. a batch of prompts, each with all its answers
         if not order or step % per_epoch == 0:
             order = batches(len(train), options.batch_size, job.seed, step // per_epoch)
@@ -261,34 +254,25 @@ def run(job: Job) -> dict[str, Any]:
         # 3. the step
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, floor=0.0)
         norm, taken = optimizer.step(rate, options.clip_norm)
-        skipped += not taken
+        training.skipped += not taken
         seen += sum(len(rated.answers) for rated in batch)
         # 4. records
         done = step + 1
-        if done % options.log_every == 0 or done == steps:
+        if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
             row = {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm, **parts}
-            curves.log(done, row, {"answers_per_second": speed})
-        if done % options.checkpoint_every == 0 or done == steps:
-            checkpoints.save(
-                done,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curves.rows,
-                    "skipped": skipped,
-                },
-            )
+            training.log(done, row, {"answers_per_second": speed})
+        training.checkpoint(done)
 
     model.eval()
     normalise(model, score(model, [r.prompt for r in train for _ in r.answers], [a for r in train for a in r.answers]))
-    metrics = evaluate(model, train, heldout, tokenizer) | {"skipped_steps": skipped}
+    metrics = evaluate(model, train, heldout, tokenizer) | {"skipped_steps": training.skipped}
     card = (
         "# thumbwheel reward model\n\nScores an answer at its last token; mean 0 and variance 1 over the rated answers."
     )
     save_reward_model(model, job.output / "model", tokenizer, card)
-    finish(job, curves, metrics)
+    training.finish(metrics)
     return metrics
 
 

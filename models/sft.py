@@ -17,12 +17,12 @@ from models.job import Job
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
-from models.training import Checkpoints, Curves, batches, finish
+from models.training import Training, TrainingOptions, batches
 from models.transformer import Layout, Transformer, packed_layout
 
 
 @dataclass(frozen=True)
-class SFTOptions:
+class SFTOptions(TrainingOptions):
     """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs."""
 
     steps: int = 380
@@ -35,11 +35,8 @@ class SFTOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        super().__post_init__()
+        self.at_least_one("steps", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -105,19 +102,13 @@ def run(job: Job) -> dict[str, Any]:
             f"SFT has {len(data)} conversations to learn and {len(heldout)} held out: each needs at least one"
         )
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
-    curves, checkpoints = Curves(job, options.steps), Checkpoints(job.work / "checkpoints")
-    first, skipped = 0, 0
-    if state := checkpoints.load():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, curves.rows, skipped = state["step"], state["curve"], state["skipped"]
-        job.resumed(first)
+    training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
 
     per_epoch = math.ceil(len(data) / options.batch_size)
     model.train()
     clock, seen = time.perf_counter(), 0
     order: list[Any] = []
-    for step in range(first, options.steps):
+    for step in range(training.first, options.steps):
         # 1. the step's conversations: every one once an epoch, in an order of that epoch's own
         if not order or step % per_epoch == 0:
             order = batches(len(data), options.batch_size, job.seed, step // per_epoch)
@@ -128,26 +119,17 @@ def run(job: Job) -> dict[str, Any]:
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
-        skipped += not taken
+        training.skipped += not taken
         seen += len(batch.tokens)
         # 4. records
         done = step + 1
-        if done % options.log_every == 0 or done == options.steps:
+        if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            curves.log(
+            training.log(
                 done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
             )
-        if done % options.checkpoint_every == 0 or done == options.steps:
-            checkpoints.save(
-                done,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curves.rows,
-                    "skipped": skipped,
-                },
-            )
+        training.checkpoint(done)
 
     model.eval()
     nll = answer_loss(model, heldout, job.device)
@@ -156,9 +138,9 @@ def run(job: Job) -> dict[str, Any]:
         "heldout_perplexity": math.exp(nll),
         "conversations": len(data),
         "epochs": options.steps / per_epoch,
-        "skipped_steps": skipped,
+        "skipped_steps": training.skipped,
     }
     card = "# thumbwheel SFT model\n\nFine-tuned on conversations; loss on the assistant's tokens and stop token."
     save_model(model, job.output / "model", tokenizer, card)
-    finish(job, curves, metrics)
+    training.finish(metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""What every training stage shares: checkpoints that survive a kill, the resume, curves and the model card."""
+"""What every training stage shares: its common options, checkpoints that survive a kill, the resume, and the curve."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,33 +76,86 @@ def torch_generator(seed: int, *key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int(stream(seed, *key).integers(2**62)))
 
 
-class Curves:
-    """The training curve: one row a logged step, in the checkpoint too, written as curves.csv and reported to the caller."""
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the sections of params.yaml of all training stages hold: the optimizer's settings, and when to report and save."""
 
-    def __init__(self, job: Job, total: int) -> None:
-        self.job, self.total = job, total
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    clip_norm: float = 1.0
+    checkpoint_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        self.at_least_one("checkpoint_every", "log_every")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+
+    def at_least_one(self, *names: str) -> None:
+        """Raise ValueError for an option among `names` that is below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class Stateful(Protocol):
+    """A module or an optimizer."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Training:
+    """Where a training stage stands: what learns, the steps done, the curve, and checkpoints of all that.
+
+    `parts` are the modules and optimizers by the name that they have in a checkpoint; `numbers` is what else the next step
+    needs. A resumed stage starts at `first` and reports the curve until there once more, so that whoever keeps it misses no
+    step that the killed process had no time to pass on.
+    """
+
+    def __init__(self, job: Job, options: TrainingOptions, steps: int, parts: Mapping[str, Stateful]) -> None:
+        self.job, self.options, self.steps, self.parts = job, options, steps, parts
+        self.first, self.skipped = 0, 0
+        self.numbers: dict[str, float] = {}
         self.rows: list[dict[str, float]] = []
+        self.timing: list[dict[str, float]] = []
+        self.checkpoints = Checkpoints(job.work / "checkpoints")
+        state = self.checkpoints.load()
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.first, self.skipped, self.numbers = state["step"], state["skipped"], state["numbers"]
+            self.rows, self.timing = state["rows"], state["timing"]
+            job.resumed(self.first, [row | more for row, more in zip(self.rows, self.timing, strict=True)])
 
-    def log(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float] | None = None) -> None:
-        """metrics go to the file and the caller; timing (differs from run to run) to the caller alone."""
-        self.rows.append({"step": float(step), **metrics})
-        self.job.log(step, self.total, {**metrics, **(timing or {})})
+    def logs(self, done: int) -> bool:
+        """Whether the step that makes `done` steps is one that the curve shows."""
+        return done % self.options.log_every == 0 or done == self.steps
 
-    def write(self, path: Path) -> None:
-        """curves.csv with `step` first."""
+    def log(self, done: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
+        """Put a point on the curve. `timing` differs from run to run: it is reported but not written to curves.csv."""
+        self.rows.append({"step": done, **metrics})
+        self.timing.append(dict(timing))
+        self.job.log(done, self.steps, {**metrics, **timing})
+
+    def checkpoint(self, done: int) -> None:
+        """Save a checkpoint after step `done` when one is due."""
+        if done % self.options.checkpoint_every == 0 or done == self.steps:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            records = {"skipped": self.skipped, "numbers": self.numbers, "rows": self.rows, "timing": self.timing}
+            self.checkpoints.save(done, state | records)
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        """Write curves.csv, with `step` first, and metrics.json into the stage's output."""
         names = ["step", *sorted({key for row in self.rows for key in row} - {"step"})]
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with (self.job.output / "curves.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             for row in self.rows:
-                writer.writerow({k: int(v) if k == "step" else f"{v:.6g}" for k, v in row.items()})
-
-
-def finish(job: Job, curves: Curves, metrics: Mapping[str, float]) -> None:
-    """Write curves.csv and metrics.json into the stage's output."""
-    curves.write(job.output / "curves.csv")
-    text = json.dumps(dict(sorted(metrics.items())), indent=2)
-    (job.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
+                writer.writerow({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+        text = json.dumps(dict(sorted(metrics.items())), indent=2)
+        (self.job.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
 def batches(count: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:

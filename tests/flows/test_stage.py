@@ -215,11 +215,12 @@ def children_of(root: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.fault
-def test_killed_in_the_middle_it_goes_on_in_the_same_run(workspace: Path) -> None:
+@pytest.mark.parametrize("sleep", ["0.2", "0.1"], ids=["after metrics were sent", "before any metric was sent"])
+def test_killed_in_the_middle_it_goes_on_in_the_same_run(workspace: Path, sleep: str) -> None:
     stage("grind", workspace)
     text = (workspace / "params.yaml").read_text()
     (workspace / "params.yaml").write_text(
-        text.replace("kill_at: 0", "kill_at: 13").replace("sleep: 0.0", "sleep: 0.2")
+        text.replace("kill_at: 0", "kill_at: 13").replace("sleep: 0.0", f"sleep: {sleep}")
     )
     assert start(workspace, "train").wait() == -signal.SIGKILL
     (killed,) = runs(workspace, "train")

@@ -23,7 +23,8 @@ def main() -> None:
     checkpoint, history = work / "checkpoint.json", []
     if checkpoint.exists():
         history = json.loads(checkpoint.read_text())
-        emit({"event": "resumed", "step": len(history)})
+        curve = [{"step": step, "loss": value} for step, value in enumerate(history, start=1)]
+        emit({"event": "resumed", "step": len(history), "curve": curve})
     value = history[-1] if history else len((Path(spec["root"]) / "artifacts/grind/flour.txt").read_text())
     for step in range(len(history) + 1, options["steps"] + 1):
         value = (value * 31 + step) % 1009
