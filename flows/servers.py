@@ -86,11 +86,8 @@ def _prefect(root: Path, port: int) -> list[str]:
 
 def _mlflow(root: Path, port: int) -> list[str]:
     state = state_folder(root)
-    return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{state / 'mlflow.db'}"),
-        *("--artifacts-destination", str(state / "mlflow-artifacts")),
-    ]
+    database, artifacts = f"sqlite:///{state / 'mlflow.db'}", str(state / "mlflow-artifacts")
+    return [sys.executable, "-m", "flows.mlflow_server", str(port), database, artifacts]
 
 
 def _service(root: Path, port: int) -> list[str]:
@@ -152,7 +149,6 @@ def _server_environment(root: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_CONCURRENCY_MAXIMUM_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
 
 
