@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers, trainers
@@ -79,6 +80,17 @@ class Tokenizer:
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+    def generation_config(self) -> dict[str, Any]:
+        """The content of generation_config.json: the ids that begin, end and pad, and how to sample."""
+        return {
+            "bos_token_id": self.end_of_text_id,
+            "eos_token_id": self.stop_id,
+            "pad_token_id": self.special[PAD],
+            "do_sample": True,
+            "temperature": 1.0,
+            "max_new_tokens": 48,
+        }
 
     @property
     def vocab_size(self) -> int:
