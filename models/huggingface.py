@@ -68,7 +68,9 @@ def read_config(config: dict[str, Any], head: str = "CausalLM") -> ModelConfig:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; silu is supported")
     if config.get("quantization_config"):
-        raise ValueError("config.json: quantization_config is set; give the folder with the weights in bf16, fp16 or fp32")
+        raise ValueError(
+            "config.json: quantization_config is set; give the folder with the weights in bf16, fp16 or fp32"
+        )
 
     values = {**COMMON, "num_key_value_heads": config["num_attention_heads"], **FAMILIES[family].defaults}
     values |= {key: value for key, value in config.items() if value is not None}
@@ -122,10 +124,14 @@ def _sliding(family: str, values: dict[str, Any], layers: int) -> dict[str, Any]
     if types is not None:
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != layers:
-            raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers")
+            raise ValueError(
+                f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers"
+            )
         chosen = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
         if chosen and not window:
-            raise ValueError("config.json: layer_types names sliding_attention, but sliding_window is not set or not used")
+            raise ValueError(
+                "config.json: layer_types names sliding_attention, but sliding_window is not set or not used"
+            )
     elif family == "mistral":
         chosen = tuple(range(layers))
     elif family in ("qwen2", "qwen3"):
@@ -274,9 +280,15 @@ def tensor_names(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
                 out[f"{ours}{name}.{kind}"] = [(f"{part}.{kind}", rows) for part, rows in parts]
         norms = {"attention_norm": ("input_layernorm", d), "mlp_norm": ("post_attention_layernorm", d)}
         if c.qk_norm:
-            norms |= {"attention.q_norm": ("self_attn.q_norm", c.head_dim), "attention.k_norm": ("self_attn.k_norm", c.head_dim)}
+            norms |= {
+                "attention.q_norm": ("self_attn.q_norm", c.head_dim),
+                "attention.k_norm": ("self_attn.k_norm", c.head_dim),
+            }
         if c.post_norms:
-            norms |= {"attention_post_norm": ("post_self_attn_layernorm", d), "mlp_post_norm": ("post_mlp_layernorm", d)}
+            norms |= {
+                "attention_post_norm": ("post_self_attn_layernorm", d),
+                "mlp_post_norm": ("post_mlp_layernorm", d),
+            }
         out |= {f"{ours}{name}.weight": [(f"{p}{theirs}.weight", rows)] for name, (theirs, rows) in norms.items()}
     return out
 

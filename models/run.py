@@ -73,6 +73,8 @@ def main() -> int:
     keep_large_blocks()
     import torch
 
+    from models.memory import peak_memory
+
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
     emit = Emitter(os.fdopen(_own(arguments.metrics_fd), "w", encoding="utf-8"))
     torch.set_num_threads(int(spec["threads"]))
@@ -88,7 +90,7 @@ def main() -> int:
         emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
         raise
     if ranks.first:
-        emit({"event": "done", "summary": summary})
+        emit({"event": "done", "summary": {**summary, "peak_memory": peak_memory(spec["device"])}})
     return 0
 
 
