@@ -68,7 +68,9 @@ def read_config(config: dict[str, Any], head: str = "CausalLM") -> ModelConfig:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}; silu is supported")
     if config.get("quantization_config"):
-        raise ValueError("config.json: quantization_config is set; give the folder with the weights in bf16, fp16 or fp32")
+        raise ValueError(
+            "config.json: quantization_config is set; give the folder with the weights in bf16, fp16 or fp32"
+        )
 
     values = {**COMMON, "num_key_value_heads": config["num_attention_heads"], **FAMILIES[family].defaults}
     values |= {key: value for key, value in config.items() if value is not None}
@@ -101,7 +103,7 @@ def read_config(config: dict[str, Any], head: str = "CausalLM") -> ModelConfig:
     )
 
 
-def _biases(family: str, values: dict[str, Any]) -> dict[str, bool]:
+def _biases(family: str, values: dict[str, Any]) -> dict[str, Any]:
     attention, mlp = bool(values.get("attention_bias", family in GLM)), bool(values.get("mlp_bias", False))
     if family == "internlm3":
         attention, rest = bool(values.get("qkv_bias", attention)), bool(values.get("bias", mlp))
@@ -122,10 +124,14 @@ def _sliding(family: str, values: dict[str, Any], layers: int) -> dict[str, Any]
     if types is not None:
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != layers:
-            raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers")
+            raise ValueError(
+                f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers"
+            )
         chosen = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
         if chosen and not window:
-            raise ValueError("config.json: layer_types names sliding_attention, but sliding_window is not set or not used")
+            raise ValueError(
+                "config.json: layer_types names sliding_attention, but sliding_window is not set or not used"
+            )
     elif family == "mistral":
         chosen = tuple(range(layers))
     elif family in ("qwen2", "qwen3"):
@@ -274,9 +280,15 @@ def tensor_names(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
                 out[f"{ours}{name}.{kind}"] = [(f"{part}.{kind}", rows) for part, rows in parts]
         norms = {"attention_norm": ("input_layernorm", d), "mlp_norm": ("post_attention_layernorm", d)}
         if c.qk_norm:
-            norms |= {"attention.q_norm": ("self_attn.q_norm", c.head_dim), "attention.k_norm": ("self_attn.k_norm", c.head_dim)}
+            norms |= {
+                "attention.q_norm": ("self_attn.q_norm", c.head_dim),
+                "attention.k_norm": ("self_attn.k_norm", c.head_dim),
+            }
         if c.post_norms:
-            norms |= {"attention_post_norm": ("post_self_attn_layernorm", d), "mlp_post_norm": ("post_mlp_layernorm", d)}
+            norms |= {
+                "attention_post_norm": ("post_self_attn_layernorm", d),
+                "mlp_post_norm": ("post_mlp_layernorm", d),
+            }
         out |= {f"{ours}{name}.weight": [(f"{p}{theirs}.weight", rows)] for name, (theirs, rows) in norms.items()}
     return out
 
@@ -300,9 +312,9 @@ def from_huggingface(
     parameters = dict(model.named_parameters())
     names = tensor_names(config)
     given = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old folders have it
-    if config.tie_word_embeddings and "lm_head.weight" in given:
-        if not torch.equal(given.pop("lm_head.weight"), given.get("model.embed_tokens.weight", torch.empty(0))):
-            raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but config.json ties them")
+    twin = given.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if twin is not None and not torch.equal(twin, given.get("model.embed_tokens.weight", torch.empty(0))):
+        raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but config.json ties them")
     expected = {name: (rows, *parameters[ours].shape[1:]) for ours, parts in names.items() for name, rows in parts}
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     if missing or extra:

@@ -97,9 +97,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError when its prompt is empty or leaves no room in the context."""
         if not 1 <= len(request.prompt) < self.context:
-            raise ValueError(
-                f"the prompt has {len(request.prompt)} tokens; 1 to {self.context - 1} fit the context"
-            )
+            raise ValueError(f"the prompt has {len(request.prompt)} tokens; 1 to {self.context - 1} fit the context")
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
         self.waiting.append(request)
