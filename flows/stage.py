@@ -195,6 +195,7 @@ def _run_body(seen: Look, root: Path, here: Machine, work: Path, lock: int, emit
             "params": seen.params,
             "device": here.device,
             "threads": here.threads,
+            "world_size": here.world_size,
         }
         log_path = root / ".thumbwheel" / "logs" / f"{seen.name}.log"
         return run_child(spec, command=body.command, work=work, log=log_path, emit=emit, lock=lock)
@@ -249,7 +250,7 @@ def work_folder(root: Path, name: str, fingerprint: str) -> Path:
 
 def _machine(root: Path) -> Machine:
     where = environment(root)
-    return machine(root, threads=where.threads, device=where.device)
+    return machine(root, threads=where.threads, device=where.device, world_size=where.processes)
 
 
 def _check_code(root: Path, seen: Look) -> None:

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
+from models.distributed import gather, load_module
 from models.job import Job
 
 KEEP = 2  # checkpoints kept: should the newest be damaged, the one before it serves
@@ -121,13 +123,25 @@ class Training:
         self.rows: list[dict[str, float]] = []
         self.timing: list[dict[str, float]] = []
         self.checkpoints = Checkpoints(job.work / "checkpoints")
-        state = self.checkpoints.load()
+        state = self._load()
         if state is not None:
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                if isinstance(part, nn.Module):
+                    load_module(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
             self.first, self.skipped, self.numbers = state["step"], state["skipped"], state["numbers"]
             self.rows, self.timing = state["rows"], state["timing"]
             job.resumed(self.first, [row | more for row, more in zip(self.rows, self.timing, strict=True)])
+
+    def _load(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint. The first process looks before the others: it removes a damaged one."""
+        if not self.job.ranks.first:
+            self.job.ranks.wait()
+        state = self.checkpoints.load()
+        if self.job.ranks.first:
+            self.job.ranks.wait()
+        return state
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""
@@ -142,9 +156,10 @@ class Training:
     def checkpoint(self, done: int) -> None:
         """Save a checkpoint after step `done` when one is due."""
         if done % self.options.checkpoint_every == 0 or done == self.steps:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state = {name: gather(part.state_dict()) for name, part in self.parts.items()}
             records = {"skipped": self.skipped, "numbers": self.numbers, "rows": self.rows, "timing": self.timing}
-            self.checkpoints.save(done, state | records)
+            if self.job.ranks.first:
+                self.checkpoints.save(done, state | records)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Write curves.csv, with `step` first, and metrics.json into the stage's output."""
