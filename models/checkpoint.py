@@ -113,7 +113,7 @@ def write_folder(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     generation = tokenizer.generation_config()
-    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
+    ids: dict[str, object] = {key: value for key, value in generation.items() if key.endswith("_token_id")}
     _write_json(draft / "config.json", {**config, **ids})
     _write_json(draft / "generation_config.json", generation)
     (draft / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{card}\n", encoding="utf-8")

@@ -103,7 +103,7 @@ def read_config(config: dict[str, Any], head: str = "CausalLM") -> ModelConfig:
     )
 
 
-def _biases(family: str, values: dict[str, Any]) -> dict[str, bool]:
+def _biases(family: str, values: dict[str, Any]) -> dict[str, Any]:
     attention, mlp = bool(values.get("attention_bias", family in GLM)), bool(values.get("mlp_bias", False))
     if family == "internlm3":
         attention, rest = bool(values.get("qkv_bias", attention)), bool(values.get("bias", mlp))
@@ -312,9 +312,9 @@ def from_huggingface(
     parameters = dict(model.named_parameters())
     names = tensor_names(config)
     given = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old folders have it
-    if config.tie_word_embeddings and "lm_head.weight" in given:
-        if not torch.equal(given.pop("lm_head.weight"), given.get("model.embed_tokens.weight", torch.empty(0))):
-            raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but config.json ties them")
+    twin = given.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    if twin is not None and not torch.equal(twin, given.get("model.embed_tokens.weight", torch.empty(0))):
+        raise ValueError("lm_head.weight differs from model.embed_tokens.weight, but config.json ties them")
     expected = {name: (rows, *parameters[ours].shape[1:]) for ours, parts in names.items() for name, rows in parts}
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     if missing or extra:
