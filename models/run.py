@@ -19,7 +19,14 @@ from typing import Any, TextIO
 from models.allocator import keep_large_blocks
 from models.job import Job
 
-STAGES = {"pretrain": "models.pretrain", "sft": "models.sft", "reward": "models.reward", "ppo": "models.ppo"}
+STAGES = {
+    "pretrain": "models.pretrain",
+    "sft": "models.sft",
+    "reward": "models.reward",
+    "ppo": "models.ppo",
+    "dpo": "models.dpo",
+    "kto": "models.kto",
+}
 
 
 class Emitter:
