@@ -21,7 +21,14 @@ from models.allocator import keep_large_blocks
 from models.distributed import Ranks, join, leave
 from models.job import Emit, Job
 
-STAGES = {"pretrain": "models.pretrain", "sft": "models.sft", "reward": "models.reward", "ppo": "models.ppo"}
+STAGES = {
+    "pretrain": "models.pretrain",
+    "sft": "models.sft",
+    "reward": "models.reward",
+    "ppo": "models.ppo",
+    "dpo": "models.dpo",
+    "kto": "models.kto",
+}
 
 
 class Emitter:
