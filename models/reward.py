@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.baselines import bag_of_words_accuracy, length_accuracy
-from models.checkpoint import from_huggingface, load_model, read_config, read_tensors, to_huggingface, write_folder
+from models.checkpoint import load_model, read_config, read_weights, write_folder
+from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
 from models.opinions import Preference, Rated, read_opinions
@@ -187,10 +188,9 @@ def batch_loss(model: RewardModel, batch: Sequence[Rated], options: RewardOption
 
 
 def save_reward_model(model: RewardModel, folder: Path, tokenizer: Tokenizer, card: str) -> None:
-    """Write the folder that transformers loads as LlamaForSequenceClassification (whose head has no bias: it is kept in
-    config.json as reward_bias, beside thumb_offset and thumb_scale)."""
-    config = model.trunk.config.to_huggingface() | {
-        "architectures": ["LlamaForSequenceClassification"],
+    """Write the folder that transformers loads as the family's class for sequence classification (whose head has no bias:
+    it is kept in config.json as reward_bias, beside thumb_offset and thumb_scale)."""
+    config = write_config(model.trunk.config, head="SequenceClassification") | {
         "num_labels": 1,
         "reward_bias": model.head.bias.item(),
         "thumb_offset": model.offset.item(),
@@ -204,11 +204,11 @@ def load_reward_model(folder: str | os.PathLike[str], device: str = "cpu") -> Re
     """Read what save_reward_model wrote. Raises FileNotFoundError, ValueError."""
     path = Path(folder)
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if raw.get("architectures") != ["LlamaForSequenceClassification"]:
+    if "reward_bias" not in raw:
         raise ValueError(f"{path}/config.json is not a reward model's: architectures is {raw.get('architectures')}")
-    tensors = read_tensors(path / "model.safetensors")
+    tensors = read_weights(path)
     head = tensors.pop("score.weight")
-    config = read_config(path, architecture="LlamaForSequenceClassification")
+    config = read_config(path, head="SequenceClassification")
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = RewardModel(from_huggingface(config, tensors))
