@@ -15,6 +15,8 @@ from models import lora
 from models.checkpoint import load_model, model_hash, save_model
 from models.lora import LoraOptions, attach, disabled, lora_layers, merge, unmerge
 from models.optim import Optimizer
+from models.ppo import Models, PPOOptions, roll_out
+from models.reward import RewardModel
 from models.rollout import generate, sequence_logprobs
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer, dense_layout, packed_layout
@@ -226,6 +228,18 @@ def test_options_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LoraOptions(**bad)
+
+
+def test_the_reference_of_ppo_is_the_policy_with_its_updates_off(model: Transformer, adapted: Transformer) -> None:
+    judge = RewardModel(copy_of(model)).initialize(torch.Generator().manual_seed(5)).eval()
+    asked = [[7, 8, 9], [30], [40, 41], [50, 51, 52, 53]]
+    options = PPOOptions(batch_size=4, max_new_tokens=8)
+    rollout = roll_out(Models(adapted, judge, None, judge), asked, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    ids = [answer.ids for answer in rollout.answers]
+    for logp, net in ((rollout.logp, adapted), (rollout.ref_logp, model)):
+        for i, expected in enumerate(sequence_logprobs(net, asked, ids)):
+            assert logp[i][rollout.mask[i]].tolist() == pytest.approx(expected, abs=2e-5)
+    assert all(layer.enabled for layer in lora_layers(adapted))
 
 
 SFT = {

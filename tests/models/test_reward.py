@@ -1,16 +1,24 @@
+"""The reward model's terms by hand, what it reads of people's opinions, and how it is judged and kept."""
+
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from small_stages import Killed, make_workspace, run_stage
 
 from models.baselines import bag_of_words_accuracy, length_accuracy
+from models.checkpoint import model_hash
+from models.config import ModelConfig
+from models.opinions import Preference
 from models.reward import (
     Rated,
     RewardModel,
     RewardOptions,
     batch_loss,
+    evaluate,
     lay_out,
     load_reward_model,
     normalise,
@@ -20,6 +28,7 @@ from models.reward import (
     score,
     thumb_loss,
 )
+from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 
@@ -38,6 +47,67 @@ def test_pair_loss_is_the_mean_over_a_prompts_pairs() -> None:
     order = [2, 0, 3, 1]
     assert pair_loss(scores[order], [values[i] for i in order]).item() == pytest.approx(by_hand)
     assert pair_loss(scores, [1, 1, 1, 1]) is None
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_preferences_and_thumbs_of_a_prompt_are_one_mean_over_all_its_pairs() -> None:
+    """Answers 0 up, 1 down, 2 and 3 without a thumb; 3 before 2, and 0 before 3: three pairs, no pair of 2 with a thumb."""
+    r = [0.5, -0.25, 1.0, 2.0]
+    preferences = [Preference(3, 2), Preference(0, 3, 2.0)]
+    expected = (softplus(-(r[0] - r[1])) + softplus(-(r[3] - r[2])) + softplus(-(r[0] - r[3]))) / 3
+    assert pair_loss(torch.tensor(r), [1, -1, 0, 0], preferences).item() == pytest.approx(expected)
+    assert pair_loss(torch.tensor(r[2:]), [0, 0]) is None
+    order = [2, 3, 0, 1]  # where answers stand does not matter
+    moved = [Preference(order.index(p.winner), order.index(p.loser), p.strength) for p in preferences]
+    got = pair_loss(torch.tensor([r[i] for i in order]), [[1, -1, 0, 0][i] for i in order], moved)
+    assert got.item() == pytest.approx(expected)
+
+
+def test_margin_and_centering_by_hand() -> None:
+    """m = .5 for the thumbs' pair, 2·.5 for the strong preference; centring adds .1·mean((r_w + r_l)²)."""
+    r, strong = torch.tensor([0.5, -0.25, 1.0]), [Preference(2, 0, 2.0)]
+    with_margin = (softplus(0.5 - 0.75) + softplus(1.0 - 0.5)) / 2
+    assert pair_loss(r, [1, -1, 0], strong, margin=0.5).item() == pytest.approx(with_margin)
+    centred = (softplus(-0.75) + softplus(-0.5)) / 2 + 0.1 * (0.25**2 + 1.5**2) / 2
+    assert pair_loss(r, [1, -1, 0], strong, centering=0.1).item() == pytest.approx(centred)
+
+
+def test_an_answer_is_one_forward_pass_however_many_pairs_it_is_in(judge: RewardModel) -> None:
+    """Bug of others: each of C(K, 2) pairs read by itself, so that an answer is learned K − 1 times an epoch."""
+    seen = []
+    judge.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    answers = [[7], [8, 8], [9], [10, 11, 12]]
+    ranked = [Preference(i, j) for i, j in itertools.combinations(range(4), 2)]
+    _, parts = batch_loss(judge, [Rated([5, 6], answers, [0] * 4, ranked)], RewardOptions())
+    assert seen == [4 * 2 + 7]
+    assert parts.keys() == {"pair_loss"}
+
+
+def test_a_batch_without_thumbs_or_without_pairs_has_a_gradient_of_what_it_has(judge: RewardModel) -> None:
+    thumbs, pairs = Rated([5], [[7], [8]], [1, 1]), Rated([6], [[9], [10]], [0, 0], [Preference(0, 1)])
+    for batch, offset_learns in (([thumbs], True), ([pairs], False)):
+        judge.zero_grad()
+        loss, _ = batch_loss(judge, batch, RewardOptions())
+        loss.backward()
+        assert judge.head.weight.grad.abs().max() > 0
+        assert (judge.offset.grad is not None) == offset_learns
+    loss, _ = batch_loss(judge, [pairs], RewardOptions(pair_weight=0.0))
+    judge.zero_grad()
+    loss.backward()
+    assert not judge.head.weight.grad.any()
+
+
+def test_the_head_starts_with_deviation_one_over_root_d_plus_one() -> None:
+    """Bug of others: 1/(d + 1), here sixteen times too small."""
+    config = ModelConfig(
+        hidden_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=8
+    )
+    trunk = Transformer(config)
+    weights = [RewardModel(trunk).initialize(torch.Generator().manual_seed(n)).head.weight for n in range(20)]
+    assert torch.cat(weights).std().item() == pytest.approx(257**-0.5, rel=0.05)
 
 
 def test_thumb_loss_has_its_own_offset() -> None:
@@ -103,6 +173,97 @@ def test_opinions_are_grouped_by_prompt_and_bad_ones_named(tmp_path) -> None:
         file.write('{"kind": "thumb", "prompt_ids": [1], "response_ids": [2], "value": 0}\n')
     with pytest.raises(ValueError, match=r"opinions.jsonl:4: a thumb needs value 1 or -1"):
         read_opinions(path)
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_comparisons_and_rankings_point_to_the_answers_of_their_prompt(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "opinions.jsonl",
+        {"kind": "thumb", "prompt_ids": [1], "response_ids": [7], "value": 1},
+        {"kind": "comparison", "prompt_ids": [1], "chosen_ids": [8], "rejected_ids": [7], "strength": 3},
+        {
+            "kind": "ranking", "prompt_ids": [1],
+            "answers": [{"response_ids": [n], "rank": rank} for n, rank in ((8, 2), (9, 1), (7, 2))],
+        },
+        {"kind": "comparison", "prompt_ids": [2], "chosen_ids": [5], "rejected_ids": [6]},
+        {"kind": "ranking", "prompt_ids": [3], "answers": [{"response_ids": [n], "rank": 1} for n in (5, 6)]},
+        {"kind": "comment", "text": "of no interest here"},
+    )  # fmt: skip
+    assert read_opinions(path) == [
+        Rated([1], [[7], [8], [9]], [1, 0, 0], [Preference(1, 0, 3.0), Preference(2, 1), Preference(2, 0)]),
+        Rated([2], [[5], [6]], [0, 0], [Preference(0, 1)]),
+    ]  # of the third prompt only a tie is known
+
+
+def test_a_bad_opinion_is_named_by_file_line_and_field(tmp_path: Path) -> None:
+    good = {"kind": "comparison", "prompt_ids": [2], "chosen_ids": [5], "rejected_ids": [6]}
+    answers = [{"response_ids": [5], "rank": 1}, {"response_ids": [6], "rank": 2}]
+    for bad, message in (
+        (good | {"prompt_ids": []}, "a comparison needs prompt_ids, a list of token ids"),
+        (good | {"rejected_ids": "abc"}, "a comparison needs rejected_ids, a list of token ids"),
+        (good | {"rejected_ids": [5]}, "chosen_ids other than rejected_ids"),
+        (good | {"strength": 0}, "strength must be a number above 0, not 0"),
+        (
+            {"kind": "ranking", "prompt_ids": [1], "answers": answers[:1]},
+            "a ranking needs answers, a list of at least two",
+        ),
+        ({"kind": "ranking", "prompt_ids": [1], "answers": [answers[0], {"response_ids": [6]}]}, r"answers\[1\].rank"),
+        (
+            {"kind": "ranking", "prompt_ids": [1], "answers": [answers[0], {"response_ids": [-6], "rank": 1}]},
+            r"a ranking's answers\[1\] needs response_ids",
+        ),
+        ({"kind": "thumb", "prompt_ids": [1], "response_ids": [1.5], "value": 1}, "a thumb needs response_ids"),
+        ([1, 2], "a line must hold a JSON object"),
+    ):
+        with pytest.raises(ValueError, match=rf"opinions.jsonl:2: .*{message}"):
+            read_opinions(write(tmp_path / "opinions.jsonl", good, bad))
+    (tmp_path / "opinions.jsonl").write_text(json.dumps(good) + "\n{half")
+    with pytest.raises(ValueError, match=r"opinions.jsonl:2: Expecting property name"):
+        read_opinions(tmp_path / "opinions.jsonl")
+
+
+def test_held_out_pairs_are_counted_by_hand(judge: RewardModel, tokenizer: Tokenizer) -> None:
+    answers = [[7], [8, 9], [10]]
+    r = score(judge, [[5]] * 3, answers)
+    best, middle, worst = sorted(range(3), key=lambda i: -r[i])
+    thumbs = Rated([5], answers, [1 if i == best else -1 for i in range(3)])  # two pairs, both right
+    ranked = Rated([5], answers, [0, 0, 0], [Preference(best, middle), Preference(worst, middle)])  # right, wrong
+    metrics = evaluate(judge, [ranked], [thumbs, ranked], tokenizer)
+    assert (metrics["heldout_pairs"], metrics["pair_accuracy"]) == (4, 0.75)
+    assert "accuracy" not in metrics, "there was no thumb to learn"
+    metrics = evaluate(judge, [thumbs], [thumbs], tokenizer)
+    assert (metrics["heldout"], metrics["rated"], metrics["pair_accuracy"]) == (3, 3, 1.0)
+
+
+def test_a_reward_model_learns_from_preferences_alone_and_resumes_bit_for_bit(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    snapshot = tmp_path / "artifacts/snapshot"
+    snapshot.mkdir()
+    likes, dislikes = tokenizer.encode("fine"), tokenizer.encode("hello")
+    for split, count in (("train", 24), ("heldout", 6)):
+        rows = []
+        for n in range(count):
+            ranks = [{"response_ids": [*words, 40 + n], "rank": i} for i, words in enumerate((likes, dislikes))]
+            rows.append(
+                {"kind": "ranking", "prompt_ids": [10 + n], "answers": [*ranks, {**ranks[1], "response_ids": [9]}]}
+            )
+        write(snapshot / f"opinions.{split}.jsonl", *rows)
+    params = {"reward": {"epochs": 4, "batch_size": 4, "checkpoint_every": 3, "log_every": 1, "centering_coefficient": 0.01,
+                         "margin": 0.1}}  # fmt: skip
+    whole, _ = run_stage(tmp_path, "reward", tmp_path / "whole", params)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["heldout_pairs"] == 12  # of each ranking's three pairs one is a tie
+    assert metrics["pair_accuracy"] == 1.0
+    with pytest.raises(Killed):
+        run_stage(tmp_path, "reward", tmp_path / "again", params, killed_after=5)
+    again, _ = run_stage(tmp_path, "reward", tmp_path / "again", params)
+    assert model_hash(again / "model") == model_hash(whole / "model")
 
 
 def test_baselines_find_what_they_can_see() -> None:
