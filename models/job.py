@@ -76,6 +76,10 @@ class Job:
         """Report that `step` of `total` steps is done, with its metrics."""
         self.emit({"event": "metrics", "step": step, "total": total, "metrics": dict(metrics)})
 
+    def estimate(self, seconds: float, memory: int) -> None:
+        """Report how many seconds the steps will take at most, and how many bytes of memory."""
+        self.emit({"event": "estimate", "seconds": round(seconds, 1), "memory": memory})
+
     def resumed(self, step: int, curve: Sequence[Mapping[str, float]]) -> None:
         """Report that the work goes on from a checkpoint taken after `step` steps, and the curve so far (`step` in each row)."""
         self.emit({"event": "resumed", "step": step, "curve": list(curve)})

@@ -134,14 +134,18 @@ def attach(model: Transformer, options: LoraOptions, generator: torch.Generator)
 
 def _insert(model: Transformer, ranks: Mapping[tuple[int, str], int], alpha: float) -> None:
     """Put updates of zeros at (layer, module) with the given ranks, and freeze everything else."""
-    if any(True for _ in lora_layers(model)):
-        raise ValueError("the model has an adapter already: merge it first")
+    _check_plain(model)
     model.requires_grad_(False)
     for i, block in enumerate(model.layers):
         for owner, attribute, modules in _projections(block):
             wanted = {name: ranks[i, name] for name in modules if (i, name) in ranks}
             if wanted:
                 setattr(owner, attribute, LoraLinear(getattr(owner, attribute), modules, wanted, alpha))
+
+
+def _check_plain(model: Transformer) -> None:
+    if any(True for _ in lora_layers(model)):
+        raise ValueError("the model has an adapter already: save the merged model and start from that")
 
 
 def _projections(block: Block) -> Iterator[tuple[nn.Module, str, dict[str, int]]]:
@@ -266,6 +270,7 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> None:
 
     Raises FileNotFoundError, or ValueError that names the file and what is not supported or does not fit.
     """
+    _check_plain(model)
     path = Path(folder) / "adapter_config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: not an adapter folder")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.checkpoint import save_model
 from models.config import ModelConfig, ModelOptions
@@ -83,6 +84,13 @@ def run(job: Job) -> dict[str, Any]:
     layout = dense_layout(len(mine), length, job.device)
     weights = torch.full((len(mine) * length,), 1 / (options.batch_size * length), device=job.device)
     model.train()
+
+    def largest() -> Tensor:
+        ids = torch.zeros(len(mine) * length, dtype=torch.long, device=job.device)
+        return cross_entropy(model(ids, layout), model.head_weight, ids, weights)
+
+    what = f"pretrain: a batch of {len(mine)} windows of {length} tokens"
+    training.rehearse(model, largest, what, "lower pretrain.batch_size, or the model's sizes, in params.yaml")
     clock, seen = time.perf_counter(), 0
     for step in range(training.first, options.steps):
         # 1. a batch of windows, at places that depend on seed and step alone

@@ -21,7 +21,14 @@ from models.allocator import keep_large_blocks
 from models.distributed import Ranks, join, leave
 from models.job import Emit, Job
 
-STAGES = {"pretrain": "models.pretrain", "sft": "models.sft", "reward": "models.reward", "ppo": "models.ppo"}
+STAGES = {
+    "pretrain": "models.pretrain",
+    "sft": "models.sft",
+    "reward": "models.reward",
+    "ppo": "models.ppo",
+    "dpo": "models.dpo",
+    "kto": "models.kto",
+}
 
 
 class Emitter:
@@ -73,6 +80,8 @@ def main() -> int:
     keep_large_blocks()
     import torch
 
+    from models.memory import peak_memory
+
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
     emit = Emitter(os.fdopen(_own(arguments.metrics_fd), "w", encoding="utf-8"))
     torch.set_num_threads(int(spec["threads"]))
@@ -88,7 +97,7 @@ def main() -> int:
         emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
         raise
     if ranks.first:
-        emit({"event": "done", "summary": summary})
+        emit({"event": "done", "summary": {**summary, "peak_memory": peak_memory(spec["device"])}})
     return 0
 
 

@@ -7,17 +7,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.distributed import gather, load_module
 from models.job import Job
+from models.memory import rehearse
 
 KEEP = 2  # checkpoints kept: should the newest be damaged, the one before it serves
 
@@ -142,6 +143,15 @@ class Training:
         if self.job.ranks.first:
             self.job.ranks.wait()
         return state
+
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str, parts: int = 1) -> None:
+        """Try the largest batch once (models.memory.rehearse) and report how long the stage will take at most, and its memory.
+
+        parts: how many such batches a step has; to the peak come Adam's two moments. Raises MemoryError.
+        """
+        tried = rehearse(module, loss, what, remedy)
+        moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) // self.job.ranks.size
+        self.job.estimate((self.steps - self.first) * parts * tried.seconds, tried.memory + moments)
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""
