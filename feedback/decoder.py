@@ -117,7 +117,7 @@ class Decoder:
             if found != message.model_hash:
                 raise ValueError(f"{message.folder} holds model {found[:12]}, not {message.model_hash[:12]}")
             model, tokenizer = load_model(message.folder), Tokenizer.load(message.folder)
-            engine = Engine(model, stop_id=tokenizer.stop_id, width=self.width)
+            engine = Engine(model, stop_id=tokenizer.stop_ids, width=self.width)
             self.ready.put(Model(message.model_hash, tokenizer, engine, model.config.context_length))
         except Exception as error:
             self.ready.put(LoadFailed(message.model_hash, f"{type(error).__name__}: {error}"))
