@@ -99,7 +99,7 @@ class Progress:
         self.assumed = set()
 
     def take(self, event: Mapping[str, Any]) -> Line | None:
-        """Follow one event ({"event": "stage"|"metrics"|"resumed"|"estimate", "stage": …}); others are ignored. Returns its line."""
+        """Follow one event (see flows.progress.Progress); others are ignored. Returns its line."""
         name = event.get("stage")
         if event.get("event") not in ("stage", "metrics", "resumed", "estimate") or not isinstance(name, str):
             return None

@@ -20,7 +20,7 @@ from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 BODIES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
-WORDS = "hello there how are you I am fine thank what do like to eat".split()
+WORDS = ["hello", "there", "how", "are", "you", "I", "am", "fine", "thank", "what", "do", "like", "to", "eat"]
 
 
 class Killed(BaseException):
