@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from test_foreign_tokenizers import INST, metaspace
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.checkpoint import load_model, save_model
 from models.config import ModelConfig, RopeScaling
-from models.gguf_file import load_gguf, save_gguf
+from models.gguf_file import _permuted, _rename, load_gguf, save_gguf
 from models.gguf_tokenizer import QWEN2
 from models.huggingface import to_huggingface
 from models.rollout import generate
@@ -76,8 +77,6 @@ def test_transformers_reads_our_export_as_the_same_model(exported: Any) -> None:
 
 def test_the_rows_of_q_are_where_llama_cpp_looks_for_them() -> None:
     """llama.cpp turns neighbours: its row 2i is our row i of the head, its row 2i + 1 our row i + D/2."""
-    from models.gguf_file import _permuted
-
     config = ModelConfig(**SHAPE)  # D = 16
     rows = torch.arange(64.0)[:, None].expand(64, 3)
     moved = _permuted("model.layers.0.self_attn.q_proj.weight", rows, config, inverse=False)[:, 0].tolist()
@@ -186,6 +185,53 @@ def test_a_qwen_tokenizer_keeps_its_split_and_its_template(tokenizer: Tokenizer,
     assert again.stop_ids == foreign.stop_ids == [2, 0]
     assert again.template is not None
     assert again.template.source == template
+
+
+def test_sentencepiece_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    """Scores instead of merges, bytes for what is not in the vocabulary (as in Llama 2's and Mistral's files)."""
+    made = metaspace()
+    vocab = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
+    tokens = ["<unk>", "<s>", "</s>", *vocab[1:]]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 3 + [-float(i) for i in range(len(tokens) - 3)])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259))
+    for add, id in ((writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2), (writer.add_unk_token_id, 0)):
+        add(id)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(INST)
+    shape = {**SHAPE, "vocab_size": len(tokens)}
+    for name, value in {
+        "block_count": 2,
+        "context_length": 128,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+    }.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    for name, tensor in to_huggingface(decoder(**shape)).items():
+        writer.add_tensor(_rename(name, to_gguf=True), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _, ours = load_gguf(tmp_path / "m.gguf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in ("hello there, how are you?", "I am fine, 谢谢 👍", "two  blanks"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == text
+    blanks = ours.encode("  hello")  # llama.cpp puts its blank before others too; transformers does not
+    assert "".join(tokens[id] for id in blanks) == "▁▁▁hello"
+    assert ours.decode(blanks) == "  hello"
+    assert ours.stop_ids == [2]
+    ids = ours.encode_chat([{"role": "user", "content": "hello"}])
+    assert ids[0] == 1
+    assert ours.decode(ids) == "[INST] hello [/INST]"
 
 
 def test_what_a_gguf_cannot_hold_is_refused_and_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
