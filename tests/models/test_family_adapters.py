@@ -1,4 +1,4 @@
-"""LoRA on families whose modules differ from Llama's, against peft over transformers' model of the same folder."""
+"""Adapters and reward models of families that differ from Llama, against peft and transformers on the same folder."""
 
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 from test_families import TOKENS, logits, peer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from models.checkpoint import load_model, save_model
 from models.lora import LoraOptions, attach, load_adapter, lora_layers, save_adapter
+from models.reward import RewardModel, lay_out, load_reward_model, save_reward_model
 from models.tokenizer import Tokenizer
 
 
@@ -55,3 +56,20 @@ def test_a_folder_of_ours_is_a_base_for_peft_without_edits(tokenizer: Tokenizer,
     load_adapter(ours, tmp_path / "adapter")
     with torch.inference_mode():
         assert (made(torch.tensor([TOKENS])).logits[0] - logits(ours, TOKENS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2", "qwen3", "smollm3", "glm4"])
+def test_a_reward_model_is_transformers_sequence_classifier(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    peer(case).save_pretrained(tmp_path / "base")
+    judge = RewardModel(load_model(tmp_path / "base")).initialize(torch.Generator().manual_seed(2)).eval()
+    with torch.no_grad():
+        judge.head.bias.fill_(0.5)
+    save_reward_model(judge, tmp_path / "reward", tokenizer, "# card")
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.inference_mode():
+        expected = theirs.eval()(torch.tensor([TOKENS])).logits[0, 0] + 0.5
+        [got] = judge.scores(*lay_out([TOKENS], "cpu"))
+        [again] = load_reward_model(tmp_path / "reward").scores(*lay_out([TOKENS], "cpu"))
+    assert (got - expected).abs() < 1e-4
+    assert torch.equal(got, again)

@@ -12,8 +12,10 @@ import torch
 from test_foreign_tokenizers import INST, metaspace
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from models.checkpoint import load_model, save_model
+from flows.cli import app
+from models.checkpoint import load_model, read_weights, save_model
 from models.config import ModelConfig, RopeScaling
 from models.gguf_file import _permuted, _rename, load_gguf, save_gguf
 from models.gguf_tokenizer import QWEN2
@@ -265,6 +267,31 @@ def test_a_damaged_or_unknown_file_is_named(tokenizer: Tokenizer, tmp_path: Path
     path.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     with pytest.raises(ValueError, match=r"missing \['model\.layers\.1\.mlp\.up_proj\.weight'\].*ffn_xx"):
         load_gguf(path)
+
+
+def test_the_command_converts_both_ways(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = decoder()
+    save_model(model, tmp_path / "a", tokenizer)
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["convert", *(a if a[0] == "-" else str(tmp_path / a) for a in arguments)])
+
+    assert run("a", "b.gguf", "--dtype=f32").exit_code == 0
+    assert run("b.gguf", "c", "--max-shard-size=50000").exit_code == 0
+    assert run("c", "d", "--dtype=bf16").exit_code == 0
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(load_model(tmp_path / "c"), TOKENS), logits(model, TOKENS))
+    assert {t.dtype for t in read_weights(tmp_path / "d").values()} == {torch.bfloat16}
+    for wrong, message in (
+        (("a", "c"), "c exists: name a new one"),
+        (("a", "e", "--dtype=q8_0"), "e can hold f32, f16, bf16, not 'q8_0'"),
+        (("a", "e.gguf", "--max-shard-size=9"), "max_shard_size belongs to folders"),
+        (("nowhere", "e"), "config.json is missing: not a model folder"),
+    ):
+        result = run(*wrong)
+        assert result.exit_code == 1
+        assert message in result.output
+    assert not (tmp_path / "e").exists()
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
