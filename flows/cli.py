@@ -150,6 +150,23 @@ def config(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a Hugging Face folder or a *.gguf")],
+    target: Annotated[Path, typer.Argument(help="a new folder, or a new *.gguf for llama.cpp and Ollama")],
+    dtype: Annotated[str, typer.Option(help="f32, f16; for a folder bf16, for a GGUF q8_0")] = "",
+    max_shard_size: Annotated[int | None, typer.Option(help="bytes a file of a folder holds at most")] = None,
+) -> None:
+    """Write a model in another format."""
+    from models.convert import convert
+
+    try:
+        convert(source, target, dtype, max_shard_size)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{target} is written")
+
+
+@app.command()
 def rollback(
     reason: Annotated[str, typer.Option(help="why; it stands in the promotion table")] = "asked for by hand",
 ) -> None:

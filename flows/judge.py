@@ -195,12 +195,12 @@ def judge(
     seed: int,
 ) -> Judged:
     """Let one model answer every prompt once, and measure its answers."""
-    tokenizer, stops = contender.tokenizer, contender.tokenizer.stop_ids
+    tokenizer = contender.tokenizer
     asked = [tokenizer.encode_chat(p.messages) for p in prompts]
     sampled = generate(
         contender.model,
         asked,
-        stop_id=stops,
+        stop_id=tokenizer.stop_ids,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seeds=[p.seed for p in prompts],
@@ -220,7 +220,7 @@ def judge(
     return Judged(
         model_hash=contender.hash,
         texts=texts,
-        tokens=[len(ids) - (ids[-1] in stops) for ids in answers],
+        tokens=[len(ids) - (ids[-1] in tokenizer.stop_ids) for ids in answers],
         thumbs=[sentiment.thumb(t, language) for t in texts],
         seconds=[bool(o) for o in opinions] if None not in opinions else None,
         kl=kl_per_answer(sampled, own_fit) if comparable else None,

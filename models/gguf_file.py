@@ -1,7 +1,7 @@
 """GGUF, the file of llama.cpp and Ollama: read into a decoder and its tokenizer, and written from them.
 
-Read: architectures llama, qwen2 and qwen3, every type that the package gguf can dequantize, byte-level BPE. Written: the
-same, as F32, F16 or Q8_0. The package gguf is the extra `gguf`.
+Read: architectures llama, qwen2 and qwen3, every type that the package gguf can dequantize. Written: the same, as F32, F16
+or Q8_0, with a tokenizer of byte-level BPE. The package gguf is the extra `gguf`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The tokenizer in a GGUF's metadata: byte-level BPE from and to tokenizer.json, with chat template and special tokens."""
+"""The tokenizer in a GGUF's metadata, from and to tokenizer.json, with chat template and special tokens.
+
+Read: byte-level BPE (gpt2) and SentencePiece's BPE (llama). Written: byte-level BPE.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +35,15 @@ TEMPLATE = (
 def read_tokenizer(metadata: dict[str, Any], where: str) -> HuggingFaceTokenizer:
     """The tokenizer that a GGUF's keys describe. Raises ValueError that names a key which is missing or not known."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; gpt2 (byte-level BPE) is read")
-    for key in ("tokens", "merges"):
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; gpt2 (byte-level BPE) and llama (SentencePiece) are read")
+    for key in ("tokens", "merges" if kind == "gpt2" else "scores"):
         if f"tokenizer.ggml.{key}" not in metadata:
             raise ValueError(f"tokenizer.ggml.{key} is missing")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    inner = tokenizers.Tokenizer(
-        BPE(
-            vocab={token: id for id, token in enumerate(tokens) if types[id] != UNUSED},
-            merges=[_pair(merge) for merge in metadata["tokenizer.ggml.merges"]],
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    inner.pre_tokenizer = _splitter(pre)
-    if pre == "qwen2":
-        inner.normalizer = normalizers.NFC()
-    inner.decoder = decoders.ByteLevel()
+    types: list[int] = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    vocab = {token: id for id, token in enumerate(tokens) if types[id] != UNUSED}
+    inner = _byte_level(metadata, vocab) if kind == "gpt2" else _sentencepiece(metadata, vocab, types)
     for id, token in enumerate(tokens):
         if types[id] == CONTROL:
             inner.add_special_tokens([AddedToken(token, normalized=False, special=True)])
@@ -72,6 +65,40 @@ def read_tokenizer(metadata: dict[str, Any], where: str) -> HuggingFaceTokenizer
         files["chat_template.jinja"] = template
     stops = [at for name in ("eos", "eot") if (at := ids[name]) is not None]
     return HuggingFaceTokenizer(inner, files, {"eos_token_id": list(dict.fromkeys(stops))}, where)
+
+
+def _byte_level(metadata: dict[str, Any], vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    inner = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    inner.pre_tokenizer = _splitter(pre)
+    if pre == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _sentencepiece(metadata: dict[str, Any], vocab: dict[str, int], types: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: two neighbours merge when what they make is a token, the one with the highest score first."""
+    scores: list[float] = metadata["tokenizer.ggml.scores"]
+    made = [token for token, id in vocab.items() if types[id] == NORMAL]
+    made.sort(key=lambda token: -scores[vocab[token]])
+    merges = [
+        (token[:i], token[i:])
+        for token in made
+        for i in range(len(token) - 1, 0, -1)
+        if token[:i] in vocab and token[i:] in vocab
+    ]
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    text = next(token for token, id in vocab.items() if id == unknown)
+    inner = tokenizers.Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=text, fuse_unk=True, byte_fallback=True))
+    back: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    forth: list[Any] = [normalizers.Replace(" ", "▁")]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        back.append(decoders.Strip(" ", 1, 0))
+        forth.insert(0, normalizers.Prepend("▁"))
+    inner.normalizer, inner.decoder = normalizers.Sequence(forth), decoders.Sequence(back)
+    return inner
 
 
 def _pair(merge: str) -> tuple[str, str]:

@@ -294,11 +294,14 @@ def tensor_names(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 
 
 def to_huggingface(model: Transformer) -> dict[str, Tensor]:
-    """The weights under the names of the family's class in transformers: fused projections are split."""
-    parameters = dict(model.named_parameters())
+    """The weights in use (with an adapter's update) under the names of the family's class in transformers.
+
+    Fused projections are split.
+    """
     out: dict[str, Tensor] = {}
     for ours, parts in tensor_names(model.config).items():
-        pieces = parameters[ours].detach().split([rows for _, rows in parts])
+        module, _, kind = ours.rpartition(".")
+        pieces = getattr(model.get_submodule(module), kind).detach().split([rows for _, rows in parts])
         out |= {name: piece.contiguous() for (name, _), piece in zip(parts, pieces, strict=True)}
     return out
 

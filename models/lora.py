@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.checkpoint import read_tensors
+from models.huggingface import GLM
 from models.transformer import Block, Transformer
 
 PARENTS = {  # PEFT's module names, and where they stand in a layer of transformers' models
@@ -34,6 +35,7 @@ PARENTS = {  # PEFT's module names, and where they stand in a layer of transform
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
+GATE_UP = "gate_up_proj"  # GLM has one module for both: asked for one, it is updated
 KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight")
 
 
@@ -124,7 +126,10 @@ def attach(model: Transformer, options: LoraOptions, generator: torch.Generator)
     """
     if not options.rank:
         raise ValueError("lora.rank is 0: there is nothing to attach")
-    _insert(model, {(i, n): options.rank for i in range(len(model.layers)) for n in options.targets}, options.alpha)
+    targets = list(options.targets)
+    if model.config.family in GLM and {"gate_proj", "up_proj"} & {*targets}:
+        targets.append(GATE_UP)
+    _insert(model, {(i, n): options.rank for i in range(len(model.layers)) for n in targets}, options.alpha)
     with torch.no_grad():
         for layer in lora_layers(model):
             for a in layer.a.values():
@@ -137,7 +142,7 @@ def _insert(model: Transformer, ranks: Mapping[tuple[int, str], int], alpha: flo
     _check_plain(model)
     model.requires_grad_(False)
     for i, block in enumerate(model.layers):
-        for owner, attribute, modules in _projections(block):
+        for owner, attribute, modules in _projections(block, model.config.family):
             wanted = {name: ranks[i, name] for name in modules if (i, name) in ranks}
             if wanted:
                 setattr(owner, attribute, LoraLinear(getattr(owner, attribute), modules, wanted, alpha))
@@ -148,12 +153,15 @@ def _check_plain(model: Transformer) -> None:
         raise ValueError("the model has an adapter already: save the merged model and start from that")
 
 
-def _projections(block: Block) -> Iterator[tuple[nn.Module, str, dict[str, int]]]:
+def _projections(block: Block, family: str) -> Iterator[tuple[nn.Module, str, dict[str, int]]]:
     """The linear layers of a block: who holds it under which name, and the modules that it computes with their sizes."""
     a = block.attention
     yield a, "qkv", {"q_proj": a.heads * a.head_dim, **dict.fromkeys(("k_proj", "v_proj"), a.kv_heads * a.head_dim)}
     yield a, "o", {"o_proj": a.o.out_features}
-    yield block, "gate_up", dict.fromkeys(("gate_proj", "up_proj"), block.gate_up.out_features // 2)
+    if family in GLM:
+        yield block, "gate_up", {GATE_UP: block.gate_up.out_features}
+    else:
+        yield block, "gate_up", dict.fromkeys(("gate_proj", "up_proj"), block.gate_up.out_features // 2)
     yield block, "down", {"down_proj": block.down.out_features}
 
 
@@ -237,7 +245,9 @@ def save_adapter(model: Transformer, folder: str | os.PathLike[str], base: str) 
             for name in layer.a:
                 ranks[name] = layer.a[name].shape[0]
                 for letter, matrix in (("A", layer.a[name]), ("B", layer.b[name])):
-                    tensors[f"base_model.model.model.layers.{i}.{PARENTS[name]}.{name}.lora_{letter}.weight"] = matrix
+                    tensors[
+                        f"base_model.model.model.layers.{i}.{PARENTS.get(name, 'mlp')}.{name}.lora_{letter}.weight"
+                    ] = matrix
     if not tensors:
         raise ValueError("the model has no adapter to save")
     config = {
@@ -277,18 +287,18 @@ def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     _check_config(path, config)
     file = Path(folder) / "adapter_model.safetensors"
-    found: dict[tuple[int, str, str], Tensor] = {}
-    for key, tensor in read_tensors(file).items():
-        match = KEY.fullmatch(key)
-        if match is None or match[2] not in PARENTS or int(match[1]) >= len(model.layers):
-            raise ValueError(f"{file}: {key} has no place in this model")
-        found[int(match[1]), match[2], match[3]] = tensor
     shapes = {
         (i, name): (getattr(owner, attribute).in_features, size)
         for i, block in enumerate(model.layers)
-        for owner, attribute, modules in _projections(block)
+        for owner, attribute, modules in _projections(block, model.config.family)
         for name, size in modules.items()
     }
+    found: dict[tuple[int, str, str], Tensor] = {}
+    for key, tensor in read_tensors(file).items():
+        match = KEY.fullmatch(key)
+        if match is None or (int(match[1]), match[2]) not in shapes:
+            raise ValueError(f"{file}: {key} has no place in this model")
+        found[int(match[1]), match[2], match[3]] = tensor
     for i, name in _sites(found):
         _check_pair(file, f"layer {i}, {name}", found.get((i, name, "A")), found.get((i, name, "B")), *shapes[i, name])
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -240,7 +240,12 @@ class Models(NamedTuple):
 
 @torch.no_grad()
 def roll_out(
-    models: Models, prompts: list[list[int]], seeds: list[int], options: PPOOptions, beta: float, stop_id: int
+    models: Models,
+    prompts: list[list[int]],
+    seeds: list[int],
+    options: PPOOptions,
+    beta: float,
+    stop_id: int | Collection[int],
 ) -> Rollout:
     """Sample an answer for each prompt and work out rewards, advantages and returns."""
     device = models.policy.embedding.weight.device
@@ -428,7 +433,7 @@ def run(job: Job) -> dict[str, Any]:
         draw = stream(job.seed, "prompts", iteration)
         chosen = draw.choice(len(prompts), options.batch_size, replace=False)
         seeds = draw.integers(2**62, size=options.batch_size).tolist()
-        rollout = roll_out(models, [prompts[int(i)] for i in chosen], seeds, options, beta, tokenizer.stop_id)
+        rollout = roll_out(models, [prompts[int(i)] for i in chosen], seeds, options, beta, tokenizer.stop_ids)
         row = statistics(rollout, beta)
         rolled = time.perf_counter() - clock
         # 2. the updates

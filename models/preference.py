@@ -258,7 +258,7 @@ def sample(
     answers = generate(
         policy,
         asked,
-        stop_id=tokenizer.stop_id,
+        stop_id=tokenizer.stop_ids,
         max_new_tokens=options.max_new_tokens,
         seeds=draw.integers(2**62, size=len(asked)).tolist(),
     )

@@ -208,15 +208,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if eos is not None and eos not in stops:
             stops.append(eos)
         if self.template is not None:
-            asked: Messages = [{"role": "user", "content": "a"}]
+            said = "hm, 42"
             try:
-                text = self.template.render([*asked, {"role": "assistant", "content": "b"}])
-                start = len(self.template.render(asked, add_generation_prompt=True))
+                text = self.template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": said}])
             except ValueError:
                 return stops
-            known = set(self.special.values())
-            ending = [id for id, _, end in self._encode_marked(text) if id in known and end > start]
-            stops = [*ending[:1], *(id for id in stops if id not in ending[:1])]
+            known, behind = set(self.special.values()), text.rfind(said) + len(said)
+            ending = [id for id, start, _ in self._encode_marked(text) if id in known and start >= behind][:1]
+            stops = [*ending, *(id for id in stops if id not in ending)]
         return stops
 
     def save(self, folder: str | os.PathLike[str]) -> None:
