@@ -21,6 +21,7 @@ from models.ppo import (
     Updater,
     adapt_kl,
     advantages_and_returns,
+    check_ptx,
     kl_estimate,
     pad,
     policy_loss,
@@ -377,6 +378,15 @@ def test_options_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(good, **bad)
+
+
+def test_too_little_text_for_ptx_is_told_with_the_remedy() -> None:
+    check_ptx(PPOOptions(), tokens=49, conversations=1, context=48)
+    check_ptx(PPOOptions(ptx_batch_size=0, ptx_conversations=0), tokens=0, conversations=0, context=48)
+    with pytest.raises(ValueError, match="windows of 49 tokens of pretraining text, there are 48: set it to 0"):
+        check_ptx(PPOOptions(), tokens=48, conversations=1, context=48)
+    with pytest.raises(ValueError, match="SFT conversations, there are none"):
+        check_ptx(PPOOptions(), tokens=99, conversations=0, context=48)
 
 
 RUN = {"iterations": 5, "batch_size": 8, "max_new_tokens": 6, "checkpoint_every": 2, "ptx_conversations": 4}
