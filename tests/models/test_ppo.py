@@ -356,12 +356,15 @@ def test_the_moving_average_in_closed_form() -> None:
 def test_a_step_whose_gradient_is_not_finite_is_dropped_and_counted(four: Models) -> None:
     options = PPOOptions(batch_size=4, minibatches=1, epochs=1, max_new_tokens=4, ptx_coefficient=0, ema_decay=0.5)
     rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
-    weights = [p.clone() for p in four.policy.parameters()]
     updater = updater_of(four, options)
-    updater.update(rollout._replace(advantages=rollout.advantages * math.nan), 1, 0)
+    updater.update(rollout, 1, 0)
+    assert updater.skipped == 0
+    weights, means = ([p.clone() for p in part] for part in (four.policy.parameters(), updater.average.means))
+    updater.update(rollout._replace(advantages=rollout.advantages * math.nan), 1, 1)
     assert updater.skipped == 1, "the policy's step; the critic's is sound"
     assert all(torch.equal(a, b) for a, b in zip(weights, four.policy.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(weights, updater.average.means, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(means, updater.average.means, strict=True))
+    assert not torch.equal(means[0], weights[0])
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
