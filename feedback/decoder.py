@@ -25,6 +25,8 @@ from models.checkpoint import load_model, model_hash
 from models.rollout import Engine, Request
 from models.tokenizer import Tokenizer
 
+CONTEXT = 2048  # tokens of a conversation with its answer: memory for `width` of them is set aside
+
 
 @dataclass
 class Model:
@@ -117,8 +119,8 @@ class Decoder:
             if found != message.model_hash:
                 raise ValueError(f"{message.folder} holds model {found[:12]}, not {message.model_hash[:12]}")
             model, tokenizer = load_model(message.folder), Tokenizer.load(message.folder)
-            engine = Engine(model, stop_id=tokenizer.stop_id, width=self.width)
-            self.ready.put(Model(message.model_hash, tokenizer, engine, model.config.context_length))
+            engine = Engine(model, stop_id=tokenizer.stop_ids, width=self.width, context=CONTEXT)
+            self.ready.put(Model(message.model_hash, tokenizer, engine, engine.context))
         except Exception as error:
             self.ready.put(LoadFailed(message.model_hash, f"{type(error).__name__}: {error}"))
 

@@ -195,12 +195,12 @@ def judge(
     seed: int,
 ) -> Judged:
     """Let one model answer every prompt once, and measure its answers."""
-    tokenizer, stop = contender.tokenizer, contender.tokenizer.stop_id
+    tokenizer, stops = contender.tokenizer, contender.tokenizer.stop_ids
     asked = [tokenizer.encode_chat(p.messages) for p in prompts]
     sampled = generate(
         contender.model,
         asked,
-        stop_id=stop,
+        stop_id=stops,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seeds=[p.seed for p in prompts],
@@ -220,7 +220,7 @@ def judge(
     return Judged(
         model_hash=contender.hash,
         texts=texts,
-        tokens=[len(ids) - (ids[-1] == stop) for ids in answers],
+        tokens=[len(ids) - (ids[-1] in stops) for ids in answers],
         thumbs=[sentiment.thumb(t, language) for t in texts],
         seconds=[bool(o) for o in opinions] if None not in opinions else None,
         kl=kl_per_answer(sampled, own_fit) if comparable else None,
@@ -268,11 +268,11 @@ def total_logprobs(model: Transformer, prompts: Sequence[list[int]], answers: Se
 
 
 def perplexity(model: Transformer, stream: np.ndarray) -> float:
-    """exp of the mean negative log-probability of a token of `stream` [tokens], read in windows of the context's length.
+    """exp of the mean negative log-probability of a token of `stream` [tokens], read in windows of config.text_window.
 
     Each window's first token is only context. Raises ValueError for a stream of fewer than two tokens.
     """
-    size = model.config.context_length
+    size = model.config.text_window
     windows = [[int(t) for t in stream[i : i + size]] for i in range(0, len(stream) - 1, size)]
     windows = [w for w in windows if len(w) > 1]
     if not windows:

@@ -23,7 +23,7 @@ from flows.snapshot import SnapshotOptions
 from flows.tokenize import TokenizeOptions
 from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
-from models.config import ModelOptions
+from models.base import ModelSection, base_hash
 from models.lora import LoraOptions
 from models.ppo import PPOOptions
 from models.pretrain import PretrainOptions
@@ -71,7 +71,7 @@ class Params(BaseModel):
     curate: CurateOptions = CurateOptions()
     validation: ValidateOptions = Field(default=ValidateOptions(), alias="validate")  # BaseModel.validate exists
     tokenize: TokenizeOptions = TokenizeOptions()
-    model: ModelOptions = ModelOptions()
+    model: ModelSection = ModelSection()
     pretrain: PretrainOptions = PretrainOptions()
     lora: LoraOptions = LoraOptions()
     sft: SFTOptions = SFTOptions()
@@ -140,11 +140,14 @@ def set_params(root: Path, changes: Mapping[str, Any]) -> Params:
     """Write `changes` into params.yaml and return the new whole.
 
     `changes`: dotted keys ({"ppo.iterations": 3}) or nested sections. Comments stay; the file is renamed into
-    place, and is not touched when a change is refused (SettingsError) or changes nothing.
+    place, and is not touched when a change is refused (SettingsError) or changes nothing. model.base_hash follows what
+    stands at model.base.
     """
     document = read_document(root / PARAMS_FILE)
     before = plain(document)
     after = merge(before, changes)
+    if base := check(after).model.base:
+        after = merge(after, {"model.base_hash": _hash(root / base)})
     params = check(after)
     if after != before:
         for key, value in flatten(after).items():
@@ -153,6 +156,13 @@ def set_params(root: Path, changes: Mapping[str, Any]) -> Params:
         yaml().dump(document, text)
         write_text(root / PARAMS_FILE, text.getvalue())
     return params
+
+
+def _hash(base: Path) -> str:
+    try:
+        return base_hash(base)
+    except FileNotFoundError as error:
+        raise SettingsError(str(error)) from error
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage tokenize: train the tokenizer on the training text, then turn text, conversations and prompts into token arrays."""
+"""Stage tokenize: train the tokenizer on the training text, or take the base's; text, chats and prompts become token arrays."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from models.base import BaseOptions, open_base
 from models.corpus import conversations, prompts, text_stream
 from models.job import Job
 from models.tokenizer import Tokenizer
@@ -53,7 +54,11 @@ def run(job: Job) -> dict[str, Any]:
             break
         sample.append(text)
         room -= len(text)
-    tokenizer = Tokenizer.train(sample, options.vocab_size)
+    base = job.options("model", BaseOptions)
+    if base.base:
+        tokenizer = Tokenizer.load(open_base(job.root, base))
+    else:
+        tokenizer = Tokenizer.train(sample, options.vocab_size)
     tokenizer.save(out / "tokenizer")
     job.log(1, 4, {"tokenizer/vocabulary": tokenizer.vocab_size})
 

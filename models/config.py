@@ -111,6 +111,11 @@ class ModelConfig(ModelOptions):
         """The longest sequence in tokens."""
         return self.max_position_embeddings
 
+    @property
+    def text_window(self) -> int:
+        """Tokens of a window of running text where that is measured or mixed in: the context, 512 at most."""
+        return min(self.context_length, 512)
+
     @classmethod
     def from_options(cls, options: ModelOptions, vocab_size: int) -> ModelConfig:
         """The options together with the tokenizer's vocabulary size."""

@@ -345,7 +345,7 @@ class Updater:
         """Add γ·gradient of the language-modelling loss on pretraining text and on SFT conversations to the same buffer
         (PPO-ptx, InstructGPT eq. 2), so that the policy does not forget what it learned before."""
         o, policy = self.options, self.models.policy
-        device, length = policy.embedding.weight.device, policy.config.context_length
+        device, length = policy.embedding.weight.device, policy.config.text_window
         draw = stream(seed, "ptx", step)
         losses = []
         if o.ptx_batch_size:

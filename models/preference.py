@@ -137,7 +137,7 @@ def keep_language(
 ) -> float:
     """Add coefficient·gradient of the language-modelling loss on drawn windows and conversations to the gradient that is
     there (PPO-ptx, InstructGPT eq. 2). Returns the loss."""
-    device, length = policy.embedding.weight.device, policy.config.context_length
+    device, length = policy.embedding.weight.device, policy.config.text_window
     parts = []
     if options.ptx_batch_size:
         starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size)

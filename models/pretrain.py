@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import save_model
-from models.config import ModelConfig, ModelOptions
+from models.base import ModelSection, open_base
+from models.checkpoint import load_model, save_model
+from models.config import ModelConfig
 from models.job import Job
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
-from models.training import Training, TrainingOptions, stream, torch_generator
+from models.training import Training, TrainingOptions, stream, torch_generator, write_curves, write_metrics
 from models.transformer import Transformer, dense_layout
 
 
@@ -41,15 +43,15 @@ class PretrainOptions(TrainingOptions):
 
 @torch.inference_mode()
 def stream_loss(model: Transformer, tokens: np.ndarray, limit: int | None = None) -> tuple[float, int]:
-    """Mean nll in nats a token over a token stream cut into windows of the context, and how many tokens were predicted.
+    """Mean nll in nats a token over a token stream cut into windows (config.text_window), and how many tokens were predicted.
 
     Raises ValueError when the stream holds no whole window.
     """
-    length = model.config.context_length
+    length = model.config.text_window
     windows = (len(tokens) - 1) // length
     windows = windows if limit is None else min(windows, limit)
     if windows < 1:
-        raise ValueError(f"held-out text has {len(tokens)} tokens, fewer than one context of {length}: give more text")
+        raise ValueError(f"held-out text has {len(tokens)} tokens, fewer than a window of {length}: give more text")
     device = model.embedding.weight.device
     total = 0.0
     for start in range(0, windows, 16):
@@ -63,12 +65,14 @@ def stream_loss(model: Transformer, tokens: np.ndarray, limit: int | None = None
 
 def run(job: Job) -> dict[str, Any]:
     """The stage body: artifacts/tokenize → model/, metrics.json, curves.csv. Raises ValueError for too little text."""
-    options, shape = job.options("pretrain", PretrainOptions), job.options("model", ModelOptions)
+    options, section = job.options("pretrain", PretrainOptions), job.options("model", ModelSection)
     folder = job.input("artifacts/tokenize")
     tokenizer = Tokenizer.load(folder / "tokenizer")
     tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
     heldout = np.load(folder / "pretrain.heldout.npy", mmap_mode="r")
-    config = ModelConfig.from_options(shape, tokenizer.vocab_size)
+    if section.base:
+        return _take_base(job, section, heldout)
+    config = ModelConfig.from_options(section.shape(), tokenizer.vocab_size)
     length = config.context_length
     if len(tokens) <= length:
         raise ValueError(
@@ -129,4 +133,20 @@ def run(job: Job) -> dict[str, Any]:
     card = "# thumbwheel base model\n\nPretrained from random weights on the workspace's text. It completes; it does not chat."
     save_model(model, job.output / "model", tokenizer, card)
     training.finish(metrics)
+    return metrics
+
+
+def _take_base(job: Job, section: ModelSection, heldout: np.ndarray) -> dict[str, Any]:
+    """In place of pretraining: the base of model.base, in fp32, measured on the held-out text."""
+    folder = open_base(job.root, section)
+    model, tokenizer = load_model(folder, job.device), Tokenizer.load(folder)
+    if not job.ranks.first:
+        return {}
+    nll, _ = stream_loss(model, heldout, limit=256)
+    metrics = {"heldout_loss": nll, "heldout_perplexity": math.exp(nll), "parameters": model.config.parameter_count()}
+    name = Path(section.base).name
+    card = f"# thumbwheel base model\n\nTaken from the folder {name} (hash {section.base_hash}), not pretrained here."
+    save_model(model, job.output / "model", tokenizer, card)
+    write_curves(job.output, [])
+    write_metrics(job.output, metrics)
     return metrics

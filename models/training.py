@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,15 +172,25 @@ class Training:
                 self.checkpoints.save(done, state | records)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
-        """Write curves.csv, with `step` first, and metrics.json into the stage's output."""
-        names = ["step", *sorted({key for row in self.rows for key in row} - {"step"})]
-        with (self.job.output / "curves.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
-        text = json.dumps(dict(sorted(metrics.items())), indent=2)
-        (self.job.output / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        """Write curves.csv and metrics.json into the stage's output."""
+        write_curves(self.job.output, self.rows)
+        write_metrics(self.job.output, metrics)
+
+
+def write_curves(output: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """curves.csv of rows with `step`, which comes first."""
+    names = ["step", *sorted({key for row in rows for key in row} - {"step"})]
+    with (output / "curves.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()})
+
+
+def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
+    """metrics.json, sorted."""
+    text = json.dumps(dict(sorted(metrics.items())), indent=2)
+    (output / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
 def batches(count: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
