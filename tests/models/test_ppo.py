@@ -319,6 +319,21 @@ def test_a_policy_that_moved_has_a_positive_kl(four: Models) -> None:
     assert (kl_estimate(rollout.logp, rollout.ref_logp, "k3") >= 0).all()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_estimator_that_was_asked_for_is_in_the_reward(four: Models, estimator: str) -> None:
+    """With γ = λ = 1 the return at the first token is score − β·ΣKL."""
+    with torch.no_grad():
+        for p in four.policy.parameters():
+            p.mul_(1.1)
+    options = PPOOptions(batch_size=4, max_new_tokens=8, gae_lambda=1.0, kl_estimator=estimator)
+    rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.5, stop_id=2)
+    formula = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}[estimator]
+    for i, answer in enumerate(rollout.answers):
+        x = (rollout.logp[i] - rollout.ref_logp[i]).tolist()[: len(answer.ids)]
+        expected = rollout.scores[i].item() - 0.5 * sum(formula(value) for value in x)
+        assert rollout.returns[i, 0].item() == pytest.approx(expected, abs=1e-3)
+
+
 def test_ptx_adds_its_gradient_to_the_same_buffer_times_its_coefficient(four: Models) -> None:
     options = PPOOptions(batch_size=4, ptx_coefficient=0.3, ptx_batch_size=2, ptx_conversations=3)
     updater = updater_of(four, options)
@@ -405,15 +420,16 @@ def test_the_controller_moves_the_coefficient_by_the_kl_per_answer(
 ) -> None:
     """Bugs of others: a controller that is never called, or is given the KL per token. And a resumed one goes on."""
     make_workspace(tmp_path, model, tokenizer)
-    params = {"ppo": RUN | {"kl_target": 0.3, "kl_horizon": 40, "kl_coefficient": 0.1, "learning_rate": 0.01}}
+    params = {"ppo": RUN | {"kl_target": 2.0, "kl_horizon": 40, "kl_coefficient": 0.1, "learning_rate": 0.01}}
     whole, _ = run_stage(tmp_path, "ppo", tmp_path / "whole", params)
     rows = rows_of(whole)
     assert rows[0]["objective/kl_coefficient"] == 0.1
     for now, later in pairwise(rows):
-        error = max(-0.2, min(0.2, now["objective/kl"] / 0.3 - 1))
+        error = max(-0.2, min(0.2, now["objective/kl"] / 2.0 - 1))
         expected = now["objective/kl_coefficient"] * (1 + error * 8 / 40)
         assert later["objective/kl_coefficient"] == pytest.approx(expected, rel=1e-4)
     assert rows[1]["objective/kl_coefficient"] == pytest.approx(0.1 * 0.96, rel=1e-4), "no KL at the start"
+    assert any(row["objective/kl"] > 2.0 > row["objective/kl"] / row["answer/tokens"] for row in rows[:-1])
     with pytest.raises(Killed):
         run_stage(tmp_path, "ppo", tmp_path / "again", params, killed_after=3)
     again, _ = run_stage(tmp_path, "ppo", tmp_path / "again", params)
