@@ -32,7 +32,7 @@ class Rated:
     preferences: list[Preference] = field(default_factory=list)
 
 
-def read_opinions(path: Path) -> list[Rated]:
+def read_opinions(path: Path, vocab_size: int | None = None, context: int | None = None) -> list[Rated]:
     """Group a snapshot's thumbs, comparisons and rankings by prompt, in the file's order; rows of other kinds are passed over.
 
     A line is a JSON object with `kind` and `prompt_ids`, and
@@ -40,25 +40,28 @@ def read_opinions(path: Path) -> list[Rated]:
     - comparison: `chosen_ids`, `rejected_ids`, and `strength` where it was asked (a number above 0);
     - ranking: `answers`, a list of {`response_ids`, `rank`}: the lowest rank is the best, and equal ranks are a tie, which
       says nothing. A prompt about which nothing was said but ties is left out.
-    Raises ValueError that names file, line and field.
+    Raises ValueError that names file, line and field, also for a token that is not below vocab_size, and for a prompt and
+    answer of more than `context` tokens.
     """
     groups: dict[tuple[int, ...], Rated] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                _add(groups, json.loads(line))
+                row = json.loads(line)
+                if _add(groups, row):
+                    _check_sizes(row, vocab_size, context)
             except ValueError as error:  # json.JSONDecodeError is one
                 raise ValueError(f"{path}:{number}: {error}") from error
     return [rated for rated in groups.values() if rated.preferences or any(rated.values)]
 
 
-def _add(groups: dict[tuple[int, ...], Rated], row: Any) -> None:
-    """Put one row to its prompt. Raises ValueError that names the field."""
+def _add(groups: dict[tuple[int, ...], Rated], row: Any) -> bool:
+    """Put one row to its prompt; whether it is of a kind to learn from. Raises ValueError that names the field."""
     if not isinstance(row, Mapping):
         raise ValueError("a line must hold a JSON object")
     kind = row.get("kind")
     if kind not in ("thumb", "comparison", "ranking"):
-        return
+        return False
     prompt = _ids(row, "prompt_ids", kind)
     rated = groups.setdefault(tuple(prompt), Rated(prompt, [], []))
     if kind == "thumb":
@@ -79,6 +82,21 @@ def _add(groups: dict[tuple[int, ...], Rated], row: Any) -> None:
         for (rank, one), (other_rank, other) in combinations(ranked, 2):
             if rank != other_rank and one != other:
                 rated.preferences.append(Preference(one, other) if rank < other_rank else Preference(other, one))
+    return True
+
+
+def _check_sizes(row: Mapping[str, Any], vocab_size: int | None, context: int | None) -> None:
+    """Raises ValueError for a row that the model cannot read."""
+    answers = {name: row[name] for name in ("response_ids", "chosen_ids", "rejected_ids") if name in row}
+    answers |= {f"answers[{i}].response_ids": a["response_ids"] for i, a in enumerate(row.get("answers", []))}
+    for name, ids in {"prompt_ids": row["prompt_ids"], **answers}.items():
+        if vocab_size is not None and max(ids) >= vocab_size:
+            raise ValueError(f"{name} holds token {max(ids)}, the model knows {vocab_size}: it is of another tokenizer")
+    for name, ids in answers.items():
+        if context is not None and len(row["prompt_ids"]) + len(ids) > context:
+            raise ValueError(
+                f"prompt_ids and {name} are {len(row['prompt_ids']) + len(ids)} tokens, the context is {context}"
+            )
 
 
 def _ranking(row: Mapping[str, Any]) -> Iterator[tuple[float, list[int]]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import load_model, save_model
+from models.checkpoint import load_model, read_config, save_model
 from models.corpus import Sequences
 from models.ema import Average
 from models.job import Job
@@ -372,6 +372,16 @@ class Updater:
         return total
 
 
+def check_ptx(options: PPOOptions, tokens: int, conversations: int, context: int) -> None:
+    """Raises ValueError when there is less text to keep in mind than one draw takes."""
+    if options.ptx_batch_size and tokens <= context:
+        raise ValueError(
+            f"ppo.ptx_batch_size draws windows of {context + 1} tokens of pretraining text, there are {tokens}: set it to 0"
+        )
+    if options.ptx_conversations and not conversations:
+        raise ValueError("ppo.ptx_conversations draws SFT conversations, there are none: set it to 0")
+
+
 def statistics(rollout: Rollout, beta: float) -> dict[str, float]:
     """What a rollout tells: reward, KL per answer in nats (k1, and k3 which is never negative), length, ends."""
     log_ratio = (rollout.logp - rollout.ref_logp) * rollout.mask
@@ -406,6 +416,8 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"there are {len(prompts)} prompts, fewer than ppo.batch_size {options.batch_size}: add prompts"
         )
+    if options.ptx_coefficient:
+        check_ptx(options, len(tokens), len(chats), read_config(base).context_length)
     lora = job.options("lora", LoraOptions)
     models = Models(
         load_model(base, job.device),

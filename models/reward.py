@@ -237,12 +237,14 @@ def run(job: Job) -> dict[str, Any]:
     base = job.input("artifacts/sft/model")
     snapshot = job.input("artifacts/snapshot")
     tokenizer = Tokenizer.load(base)
-    train, heldout = (read_opinions(snapshot / f"opinions.{split}.jsonl") for split in ("train", "heldout"))
+    trunk = load_model(base)
+    size, context = trunk.config.vocab_size, trunk.config.context_length
+    train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
     if not train or not heldout:
         raise ValueError(
             f"artifacts/snapshot has {len(train)} rated prompts to learn and {len(heldout)} held out: collect more opinions"
         )
-    model = RewardModel(load_model(base)).initialize(torch_generator(job.seed, "reward head")).to(job.device)
+    model = RewardModel(trunk).initialize(torch_generator(job.seed, "reward head")).to(job.device)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     per_epoch = math.ceil(len(train) / options.batch_size)
     steps = options.epochs * per_epoch

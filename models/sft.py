@@ -123,6 +123,8 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"SFT has {len(data)} conversations to learn and {len(heldout)} held out: each needs at least one"
         )
+    if not data.learned.any() or not heldout.learned.any():
+        raise ValueError("SFT learns the assistant's words, and there are none: no message has the role assistant")
     lora = job.options("lora", LoraOptions)
     learned = what_learns(model, lora, torch_generator(job.seed, "lora"))
     optimizer = Optimizer(model, weight_decay=options.weight_decay)

@@ -21,6 +21,7 @@ from models.ppo import (
     Updater,
     adapt_kl,
     advantages_and_returns,
+    check_ptx,
     kl_estimate,
     pad,
     policy_loss,
@@ -318,6 +319,21 @@ def test_a_policy_that_moved_has_a_positive_kl(four: Models) -> None:
     assert (kl_estimate(rollout.logp, rollout.ref_logp, "k3") >= 0).all()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_estimator_that_was_asked_for_is_in_the_reward(four: Models, estimator: str) -> None:
+    """With γ = λ = 1 the return at the first token is score − β·ΣKL."""
+    with torch.no_grad():
+        for p in four.policy.parameters():
+            p.mul_(1.1)
+    options = PPOOptions(batch_size=4, max_new_tokens=8, gae_lambda=1.0, kl_estimator=estimator)
+    rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.5, stop_id=2)
+    formula = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}[estimator]
+    for i, answer in enumerate(rollout.answers):
+        x = (rollout.logp[i] - rollout.ref_logp[i]).tolist()[: len(answer.ids)]
+        expected = rollout.scores[i].item() - 0.5 * sum(formula(value) for value in x)
+        assert rollout.returns[i, 0].item() == pytest.approx(expected, abs=1e-3)
+
+
 def test_ptx_adds_its_gradient_to_the_same_buffer_times_its_coefficient(four: Models) -> None:
     options = PPOOptions(batch_size=4, ptx_coefficient=0.3, ptx_batch_size=2, ptx_conversations=3)
     updater = updater_of(four, options)
@@ -355,12 +371,15 @@ def test_the_moving_average_in_closed_form() -> None:
 def test_a_step_whose_gradient_is_not_finite_is_dropped_and_counted(four: Models) -> None:
     options = PPOOptions(batch_size=4, minibatches=1, epochs=1, max_new_tokens=4, ptx_coefficient=0, ema_decay=0.5)
     rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
-    weights = [p.clone() for p in four.policy.parameters()]
     updater = updater_of(four, options)
-    updater.update(rollout._replace(advantages=rollout.advantages * math.nan), 1, 0)
+    updater.update(rollout, 1, 0)
+    assert updater.skipped == 0
+    weights, means = ([p.clone() for p in part] for part in (four.policy.parameters(), updater.average.means))
+    updater.update(rollout._replace(advantages=rollout.advantages * math.nan), 1, 1)
     assert updater.skipped == 1, "the policy's step; the critic's is sound"
     assert all(torch.equal(a, b) for a, b in zip(weights, four.policy.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(weights, updater.average.means, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(means, updater.average.means, strict=True))
+    assert not torch.equal(means[0], weights[0])
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
@@ -379,6 +398,15 @@ def test_options_that_make_no_sense_are_refused() -> None:
             replace(good, **bad)
 
 
+def test_too_little_text_for_ptx_is_told_with_the_remedy() -> None:
+    check_ptx(PPOOptions(), tokens=49, conversations=1, context=48)
+    check_ptx(PPOOptions(ptx_batch_size=0, ptx_conversations=0), tokens=0, conversations=0, context=48)
+    with pytest.raises(ValueError, match="windows of 49 tokens of pretraining text, there are 48: set it to 0"):
+        check_ptx(PPOOptions(), tokens=48, conversations=1, context=48)
+    with pytest.raises(ValueError, match="SFT conversations, there are none"):
+        check_ptx(PPOOptions(), tokens=99, conversations=0, context=48)
+
+
 RUN = {"iterations": 5, "batch_size": 8, "max_new_tokens": 6, "checkpoint_every": 2, "ptx_conversations": 4}
 
 
@@ -392,15 +420,16 @@ def test_the_controller_moves_the_coefficient_by_the_kl_per_answer(
 ) -> None:
     """Bugs of others: a controller that is never called, or is given the KL per token. And a resumed one goes on."""
     make_workspace(tmp_path, model, tokenizer)
-    params = {"ppo": RUN | {"kl_target": 0.3, "kl_horizon": 40, "kl_coefficient": 0.1, "learning_rate": 0.01}}
+    params = {"ppo": RUN | {"kl_target": 2.0, "kl_horizon": 40, "kl_coefficient": 0.1, "learning_rate": 0.01}}
     whole, _ = run_stage(tmp_path, "ppo", tmp_path / "whole", params)
     rows = rows_of(whole)
     assert rows[0]["objective/kl_coefficient"] == 0.1
     for now, later in pairwise(rows):
-        error = max(-0.2, min(0.2, now["objective/kl"] / 0.3 - 1))
+        error = max(-0.2, min(0.2, now["objective/kl"] / 2.0 - 1))
         expected = now["objective/kl_coefficient"] * (1 + error * 8 / 40)
         assert later["objective/kl_coefficient"] == pytest.approx(expected, rel=1e-4)
     assert rows[1]["objective/kl_coefficient"] == pytest.approx(0.1 * 0.96, rel=1e-4), "no KL at the start"
+    assert any(row["objective/kl"] > 2.0 > row["objective/kl"] / row["answer/tokens"] for row in rows[:-1])
     with pytest.raises(Killed):
         run_stage(tmp_path, "ppo", tmp_path / "again", params, killed_after=3)
     again, _ = run_stage(tmp_path, "ppo", tmp_path / "again", params)

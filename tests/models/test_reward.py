@@ -221,6 +221,16 @@ def test_a_bad_opinion_is_named_by_file_line_and_field(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=rf"opinions.jsonl:2: .*{message}"):
             read_opinions(write(tmp_path / "opinions.jsonl", good, bad))
+    path = write(tmp_path / "opinions.jsonl", {"kind": "ranking", "prompt_ids": [1, 2], "answers": answers})
+    assert len(read_opinions(path, vocab_size=7, context=3)) == 1
+    with pytest.raises(
+        ValueError, match=r"opinions.jsonl:1: answers\[1\].response_ids holds token 6, the model knows 6"
+    ):
+        read_opinions(path, vocab_size=6)
+    with pytest.raises(
+        ValueError, match=r":1: prompt_ids and answers\[0\].response_ids are 3 tokens, the context is 2"
+    ):
+        read_opinions(path, context=2)
     (tmp_path / "opinions.jsonl").write_text(json.dumps(good) + "\n{half")
     with pytest.raises(ValueError, match=r"opinions.jsonl:2: Expecting property name"):
         read_opinions(tmp_path / "opinions.jsonl")

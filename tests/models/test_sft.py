@@ -127,5 +127,9 @@ def test_a_step_in_micro_batches_trains_as_a_whole_one(
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     rows = [np.loadtxt(run / "curves.csv", delimiter=",", skiprows=1) for run in runs]
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-3)
+    silent = [chat[:1] for chat in CHATS]
+    conversations(tokenizer, silent, 48)[0].save(tmp_path / "artifacts/tokenize/sft.heldout.npz")
+    with pytest.raises(ValueError, match="no message has the role assistant"):
+        run_stage(tmp_path, "sft", tmp_path / "silent", {"sft": options})
     with pytest.raises(ValueError, match="micro_batch must be at least 1, not 0"):
         SFTOptions(micro_batch=0)
