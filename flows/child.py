@@ -42,11 +42,11 @@ def run_child(
     with log.open("wb") as output, os.fdopen(readable, encoding="utf-8") as events:
         try:
             process = subprocess.Popen(
-                [sys.executable, *command, str(spec_path), "--metrics-fd", str(writable)],
+                _command(command, spec, spec_path, writable),
                 cwd=spec["root"],
                 env=_environment(spec),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=output if spec["world_size"] == 1 else writable,
                 stderr=output,
                 pass_fds=(writable, lock),
             )
@@ -61,6 +61,14 @@ def run_child(
     if process.returncode != 0 or last.get("event") != "done":
         raise ChildError(_explain(spec["stage"], process.returncode, last, log))
     return dict(last["summary"])
+
+
+def _command(command: Sequence[str], spec: dict[str, Any], spec_path: Path, writable: int) -> list[str]:
+    """The child alone, or torchrun with as many as spec["world_size"], to which only standard output comes through."""
+    if spec["world_size"] == 1:
+        return [sys.executable, *command, str(spec_path), "--metrics-fd", str(writable)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec["world_size"])]
+    return [sys.executable, *torchrun, *command, str(spec_path), "--metrics-fd", "1"]
 
 
 def _environment(spec: dict[str, Any]) -> dict[str, str]:

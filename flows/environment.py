@@ -21,6 +21,7 @@ class Environment(BaseSettings):
     service_url: str = ""
     threads: int | None = Field(default=None, ge=1)
     device: str = ""
+    processes: int | None = Field(default=None, ge=1)
 
     @property
     def state(self) -> Path:

@@ -60,11 +60,12 @@ class Machine:
         return {name: str(value) for name, value in asdict(self).items()}
 
 
-def machine(root: Path, *, threads: int | None = None, device: str = "") -> Machine:
+def machine(root: Path, *, threads: int | None = None, device: str = "", world_size: int | None = None) -> Machine:
     """This machine as workspace `root` uses it.
 
     The thread count is `threads` if given (THUMBWHEEL_THREADS), else the stored one, else measured (a few seconds)
-    and stored in .thumbwheel/machine.json. `device`: "cpu" or "cuda"; by default cuda where there is one.
+    and stored in .thumbwheel/machine.json. `device`: "cpu" or "cuda"; by default cuda where there is one. `world_size`: how
+    many processes train together (THUMBWHEEL_PROCESSES); by default one a GPU, and one on a CPU.
     """
     stored = _stored(root)
     device = device or ("cuda" if _has_cuda() else "cpu")
@@ -74,7 +75,9 @@ def machine(root: Path, *, threads: int | None = None, device: str = "") -> Mach
         if "threads" not in stored:
             stored = _store(root, threads=fastest_threads())
         threads = int(stored["threads"])
-    return Machine(workspace_id(root), device, device_model(device), threads, version("torch"))
+    if world_size is None:
+        world_size = _gpus() if device == "cuda" else 1
+    return Machine(workspace_id(root), device, device_model(device), threads, version("torch"), world_size)
 
 
 def workspace_id(root: Path) -> str:
@@ -91,6 +94,12 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def device_model(device: str) -> str:

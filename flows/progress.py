@@ -18,7 +18,8 @@ class Progress:
     """Appends events, each with `time` (seconds since 1970), `stage` and `flow_run_id`.
 
     Events: {"event": "stage", "state": "started|unchanged|restored|finished|failed", "seconds": …} of every stage, and what
-    its body emits: {"event": "metrics", "step", "total", "metrics"}, {"event": "resumed", "step"}.
+    its body emits: {"event": "metrics", "step", "total", "metrics"}, {"event": "resumed", "step"},
+    {"event": "estimate", "seconds", "memory" in bytes}.
     """
 
     def __init__(self, root: Path, stage: str, flow_run_id: str | None) -> None:

@@ -24,6 +24,7 @@ from flows.tokenize import TokenizeOptions
 from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
 from models.config import ModelOptions
+from models.lora import LoraOptions
 from models.ppo import PPOOptions
 from models.pretrain import PretrainOptions
 from models.reward import RewardOptions
@@ -72,6 +73,7 @@ class Params(BaseModel):
     tokenize: TokenizeOptions = TokenizeOptions()
     model: ModelOptions = ModelOptions()
     pretrain: PretrainOptions = PretrainOptions()
+    lora: LoraOptions = LoraOptions()
     sft: SFTOptions = SFTOptions()
     rater: RaterOptions = RaterOptions()
     snapshot: SnapshotOptions = SnapshotOptions()

@@ -164,6 +164,9 @@ def _run(
             def sink(event: dict[str, Any]) -> None:
                 if event["event"] == "metrics":
                     run.metrics(event["step"], event["metrics"])
+                elif event["event"] == "estimate":
+                    minutes, memory = event["seconds"] / 60, event["memory"] / 1e9
+                    log.info("%s takes at most %.1f minutes and %.1f GB of memory", seen.name, minutes, memory)
                 elif event["event"] == "resumed":
                     run.curve(event.pop("curve"))  # a killed process may have had no time to send its last points
                 emit(event)
@@ -195,6 +198,7 @@ def _run_body(seen: Look, root: Path, here: Machine, work: Path, lock: int, emit
             "params": seen.params,
             "device": here.device,
             "threads": here.threads,
+            "world_size": here.world_size,
         }
         log_path = root / ".thumbwheel" / "logs" / f"{seen.name}.log"
         return run_child(spec, command=body.command, work=work, log=log_path, emit=emit, lock=lock)
@@ -249,7 +253,7 @@ def work_folder(root: Path, name: str, fingerprint: str) -> Path:
 
 def _machine(root: Path) -> Machine:
     where = environment(root)
-    return machine(root, threads=where.threads, device=where.device)
+    return machine(root, threads=where.threads, device=where.device, world_size=where.processes)
 
 
 def _check_code(root: Path, seen: Look) -> None:
@@ -278,6 +282,8 @@ def _events(progress: Progress, emit: Emit | None) -> Emit:
 
 def main(name: str, *, stages: Mapping[str, Body] = STAGES) -> int:
     """Run one stage in the current workspace; under `dvc repro`, its middle part only. Returns the exit status."""
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)  # so that the child is ended and the record closed
     where = environment()
     if os.environ.get("DVC_STAGE", "").split(":")[-1] != name:

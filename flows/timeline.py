@@ -99,9 +99,9 @@ class Progress:
         self.assumed = set()
 
     def take(self, event: Mapping[str, Any]) -> Line | None:
-        """Follow one event ({"event": "stage"|"metrics"|"resumed", "stage": …}); others are ignored. Returns its line."""
+        """Follow one event (see flows.progress.Progress); others are ignored. Returns its line."""
         name = event.get("stage")
-        if event.get("event") not in ("stage", "metrics", "resumed") or not isinstance(name, str):
+        if event.get("event") not in ("stage", "metrics", "resumed", "estimate") or not isinstance(name, str):
             return None
         line = self.lines.setdefault(name, Line(name, self.known.get(name, 5.0)))
         now = self.clock()
@@ -110,6 +110,9 @@ class Progress:
         elif event["event"] == "resumed":
             line.step = line.first_step = int(event["step"])
             line.first_step_at = now
+        elif event["event"] == "estimate":
+            if name not in self.measured:
+                line.expected = float(event["seconds"])
         else:
             self._advance(line, event, now)
         return line

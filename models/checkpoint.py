@@ -1,4 +1,4 @@
-"""Models on disk: Hugging Face folders (config.json, model.safetensors, tokenizer files, model card), read and written."""
+"""Models on disk: Hugging Face folders (config.json, safetensors in one file or in shards, tokenizer, model card)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,72 +14,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models import huggingface
 from models.config import ModelConfig
+from models.huggingface import from_huggingface, to_huggingface
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 PathLike = str | os.PathLike[str]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def to_huggingface(model: Transformer) -> dict[str, Tensor]:
-    """The weights under the names of transformers' LlamaForCausalLM: fused projections are split."""
-    c = model.config
-    d, kv = c.hidden_size, c.num_key_value_heads * c.head_dim
-    out = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    if model.head is not None:
-        out["lm_head.weight"] = model.head.weight
-    for i, block in enumerate(model.layers):
-        p = f"model.layers.{i}."
-        q, k, v = block.attention.qkv.weight.split([d, kv, kv])
-        gate, up = block.gate_up.weight.split([c.intermediate_size] * 2)
-        out |= {
-            p + "self_attn.q_proj.weight": q,
-            p + "self_attn.k_proj.weight": k,
-            p + "self_attn.v_proj.weight": v,
-            p + "self_attn.o_proj.weight": block.attention.o.weight,
-            p + "mlp.gate_proj.weight": gate,
-            p + "mlp.up_proj.weight": up,
-            p + "mlp.down_proj.weight": block.down.weight,
-            p + "input_layernorm.weight": block.attention_norm.weight,
-            p + "post_attention_layernorm.weight": block.mlp_norm.weight,
-        }
-    return {name: tensor.detach().contiguous() for name, tensor in out.items()}
-
-
-def from_huggingface(config: ModelConfig, tensors: dict[str, Tensor]) -> Transformer:
-    """The inverse of to_huggingface. Raises ValueError that names a missing, extra or misshapen tensor."""
-    model = Transformer(config)
-    expected = to_huggingface(model)
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or extra:
-        raise ValueError(
-            f"weights do not fit config.json: missing {sorted(missing)[:3]}, not known {sorted(extra)[:3]}"
-        )
-    for name, tensor in expected.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"{name} has shape {list(tensors[name].shape)}, config.json asks for {list(tensor.shape)}")
-    with torch.no_grad():
-        model.embedding.weight.copy_(tensors["model.embed_tokens.weight"])
-        model.norm.weight.copy_(tensors["model.norm.weight"])
-        if model.head is not None:
-            model.head.weight.copy_(tensors["lm_head.weight"])
-        for i, block in enumerate(model.layers):
-            p = f"model.layers.{i}."
-            block.attention.qkv.weight.copy_(torch.cat([tensors[f"{p}self_attn.{x}_proj.weight"] for x in "qkv"]))
-            block.attention.o.weight.copy_(tensors[p + "self_attn.o_proj.weight"])
-            block.gate_up.weight.copy_(torch.cat([tensors[f"{p}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
-            block.down.weight.copy_(tensors[p + "mlp.down_proj.weight"])
-            block.attention_norm.weight.copy_(tensors[p + "input_layernorm.weight"])
-            block.mlp_norm.weight.copy_(tensors[p + "post_attention_layernorm.weight"])
-    return model
-
-
-def read_config(folder: PathLike, architecture: str = "LlamaForCausalLM") -> ModelConfig:
-    """The architecture of a model folder. Raises FileNotFoundError, ValueError."""
+def read_config(folder: PathLike, head: str = "CausalLM") -> ModelConfig:
+    """The architecture of a model folder whose class ends in `head`. Raises FileNotFoundError, ValueError."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: not a model folder")
-    return ModelConfig.from_huggingface(json.loads(path.read_text(encoding="utf-8")), architecture)
+    return huggingface.read_config(json.loads(path.read_text(encoding="utf-8")), head)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -91,46 +42,134 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({error}): restore it with `dvc checkout` or make it again") from error
 
 
-def load_model(folder: PathLike, device: str = "cpu") -> Transformer:
-    """A decoder from a Hugging Face folder, in fp32 and evaluation mode. Raises FileNotFoundError, ValueError."""
-    tensors = read_tensors(Path(folder) / "model.safetensors")
-    return from_huggingface(read_config(folder), tensors).to(device).eval()
+def read_weights(folder: PathLike) -> dict[str, Tensor]:
+    """All tensors of a model folder, in one file or in shards. Raises FileNotFoundError, ValueError."""
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists() and (other := sorted(folder.glob("pytorch_model*.bin"))):
+            raise ValueError(f"{other[0]}: pickled weights are not read; save the model as safetensors")
+        return read_tensors(folder / WEIGHTS)
+    where = _weight_map(folder)
+    out: dict[str, Tensor] = {}
+    for shard in sorted(set(where.values())):
+        found = read_tensors(folder / shard)
+        lacking = [name for name, file in where.items() if file == shard and name not in found]
+        if lacking:
+            raise ValueError(f"{folder / shard} lacks {lacking[0]}, which {INDEX} says it holds")
+        out |= found
+    return out
 
 
-def save_model(model: Transformer, folder: PathLike, tokenizer: Tokenizer, card: str = "") -> None:
-    """Write a folder that transformers, vLLM and thumbwheel load. Equal weights give equal bytes."""
-    write_folder(Path(folder), model.config.to_huggingface(), to_huggingface(model), tokenizer, card)
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which shard holds each tensor. Raises ValueError for an index that is no index, or that leaves the folder."""
+    path = folder / INDEX
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not where or any(Path(file).name != file for file in where.values()):
+            raise ValueError("weight_map must name files of this folder")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no index of shards: {error}") from error
+    return dict(where)
+
+
+def load_model(folder: PathLike, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A decoder of any known family, in evaluation mode; the file's bf16, fp16 or fp32 becomes `dtype`.
+
+    Raises FileNotFoundError, ValueError.
+    """
+    config = read_config(folder)
+    return from_huggingface(config, read_weights(folder), dtype, device).eval()
+
+
+def save_model(
+    model: Transformer,
+    folder: PathLike,
+    tokenizer: Tokenizer,
+    card: str = "",
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int | None = None,
+) -> None:
+    """Write a folder that transformers, vLLM and thumbwheel load, as the family that the model is of.
+
+    Equal weights give equal bytes. dtype: of the file; max_shard_size: bytes a shard holds at most (one tensor may be
+    larger), None for one file.
+    """
+    config = huggingface.write_config(model.config, dtype=dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in to_huggingface(model).items()}
+    write_folder(Path(folder), config, tensors, tokenizer, card, max_shard_size)
 
 
 def write_folder(
-    folder: Path, config: dict[str, object], tensors: dict[str, Tensor], tokenizer: Tokenizer, card: str
+    folder: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    card: str,
+    max_shard_size: int | None = None,
 ) -> None:
     """Write a model folder under a temporary name, then rename it: it is whole or absent."""
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    generation = {
-        "bos_token_id": tokenizer.end_of_text_id,
-        "eos_token_id": tokenizer.stop_id,
-        "pad_token_id": tokenizer.special["<|pad|>"],
-        "do_sample": True,
-        "temperature": 1.0,
-        "max_new_tokens": 48,
-    }
-    ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (draft / "config.json").write_text(json.dumps({**config, **ids}, indent=2) + "\n", encoding="utf-8")
-    (draft / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    generation = tokenizer.generation_config()
+    ids: dict[str, object] = {key: value for key, value in generation.items() if key.endswith("_token_id")}
+    _write_json(draft / "config.json", {**config, **ids})
+    _write_json(draft / "generation_config.json", generation)
     (draft / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{card}\n", encoding="utf-8")
     tokenizer.save(draft)
-    weights = draft / "model.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, weights, metadata={"format": "pt"})
-    with weights.open("rb") as file:
-        os.fsync(file.fileno())
+    shards = cut(tensors, max_shard_size)
+    for number, shard in enumerate(shards, 1):
+        path = draft / _shard_name(number, len(shards))
+        save_file({name: t.detach().cpu().contiguous() for name, t in shard.items()}, path, metadata={"format": "pt"})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        where = {name: _shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for name in shard}
+        _write_json(draft / INDEX, {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": where})
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
 
+def cut(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+    """Tensors in their order, cut where a shard would pass `limit` bytes. Raises ValueError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_shard_size must be at least 1 byte, not {limit}")
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        if limit is not None and shards[-1] and used + _size(tensor) > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += _size(tensor)
+    return shards
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return WEIGHTS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def model_hash(folder: PathLike) -> str:
-    """sha256 (hex) of model.safetensors: the name of a model everywhere. Raises FileNotFoundError."""
-    with (Path(folder) / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 (hex) of model.safetensors: the name of a model everywhere. Raises FileNotFoundError, ValueError.
+
+    Of a model in shards it is the sha256 of the shards' digests end to end, in the order of their names.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return _digest(folder / WEIGHTS).hex()
+    shards = sorted(set(_weight_map(folder).values()))
+    return hashlib.sha256(b"".join(_digest(folder / shard) for shard in shards)).hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,9 +1,8 @@
-"""The architecture's numbers, under the names of Hugging Face's config.json."""
+"""The architecture's numbers, under the names of Hugging Face's config.json where it has one name for all families."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,23 +24,87 @@ class ModelOptions:
             raise ValueError(
                 "hidden_size must be an even multiple of num_attention_heads (RoPE turns pairs of numbers)"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        for name in ("num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for numbers that no decoder can have."""
+        for name in (
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched for a longer context; models/rope.py has the formulas.
+
+    rope_type: linear, dynamic, llama3 or yarn. original_max_position_embeddings: the context before it was stretched
+    (llama3, yarn). The other fields belong to the type in the comment behind them.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: what cos and sin are multiplied by
+    truncate: bool = True  # yarn
 
 
 @dataclass(frozen=True)
 class ModelConfig(ModelOptions):
-    """A Llama-style decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention)."""
+    """A decoder of the Llama kind (RMSNorm, RoPE, SwiGLU, grouped-query attention) with what its families add.
+
+    family: the model_type of config.json that it is written as (models/huggingface.py knows them).
+    head_dim: width of an attention head; 0 stands for hidden_size / num_attention_heads.
+    qkv_bias, o_bias, mlp_bias: which projections have a bias. qk_norm: RMSNorm over each query and key head (Qwen 3).
+    post_norms: RMSNorm behind attention and behind the MLP too, before the residual is added (GLM-4).
+    partial_rotary_factor: the share of each head that RoPE turns. interleaved_rope: neighbours form a pair (GLM), not
+    the two halves. sliding_layers see only the last sliding_window tokens; unrotated_layers have no RoPE (SmolLM3).
+    """
 
     vocab_size: int = 1280
+    family: str = "llama"
+    head_dim: int = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    partial_rotary_factor: float = 1.0
+    interleaved_rope: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int = 0
+    sliding_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.check()
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError("hidden_size must be a multiple of num_attention_heads when head_dim is not given")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            raise ValueError(
+                f"RoPE turns pairs of numbers: head_dim {self.head_dim} × partial_rotary_factor "
+                f"{self.partial_rotary_factor} must be an even number"
+            )
+        if self.sliding_layers and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def rotary_dim(self) -> int:
+        """How many numbers of each head RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def context_length(self) -> int:
@@ -53,42 +116,10 @@ class ModelConfig(ModelOptions):
         """The options together with the tokenizer's vocabulary size."""
         return cls(**asdict(options), vocab_size=vocab_size)
 
-    @classmethod
-    def from_huggingface(cls, config: dict[str, Any], architecture: str = "LlamaForCausalLM") -> ModelConfig:
-        """From the content of a config.json. Raises ValueError for another architecture than the one asked for."""
-        architectures = config.get("architectures") or ["none"]
-        if architectures != [architecture]:
-            raise ValueError(f"config.json: architecture is {architectures[0]}; {architecture} is what this needs")
-        rope = config.get("rope_parameters") or {}
-        unsupported = [
-            key for key in ("rope_scaling", "attention_bias", "mlp_bias") if config.get(key) not in (None, False)
-        ]
-        if unsupported or rope.get("rope_type", "default") != "default":
-            raise ValueError(f"config.json: {', '.join(unsupported) or 'rope_type'} is set; plain Llama is supported")
-        if config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]):
-            raise ValueError("config.json: head_dim other than hidden_size / num_attention_heads is not supported")
-        names = cls.__dataclass_fields__
-        values = {key: value for key, value in config.items() if key in names}
-        values.setdefault("num_key_value_heads", config["num_attention_heads"])
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        return cls(**values)
-
-    def to_huggingface(self) -> dict[str, Any]:
-        """The content of config.json that transformers' LlamaForCausalLM reads."""
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **asdict(self),
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "dtype": "float32",
-        }
-
     def parameter_count(self) -> int:
         """Number of weights, tied ones counted once."""
-        d, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
-        layer = d * (d + 2 * kv) + d * d + 3 * d * self.intermediate_size + 2 * d
+        d, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = d * (q + 2 * kv) + q * d + 3 * d * self.intermediate_size + (4 if self.post_norms else 2) * d
+        layer += (q + 2 * kv) * self.qkv_bias + d * self.o_bias + 2 * self.head_dim * self.qk_norm
+        layer += (2 * self.intermediate_size + d) * self.mlp_bias
         return self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + self.num_hidden_layers * layer + d

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.tokenizer import ROLES, Messages, Tokenizer
+from models.chat_template import Messages
+from models.tokenizer import ROLES, HuggingFaceTokenizer, Tokenizer
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -50,6 +51,8 @@ class Sequences:
 def _encode(tokenizer: Tokenizer, rows: Sequence[Messages], longest: int, answering: bool) -> tuple[Sequences, int]:
     """All conversations by the chat template, `longest` tokens at most; how many were longer. Equal, id by id, to
     Tokenizer.encode_chat_with_mask, but each of the tokenizer's threads works."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _encode_by_template(tokenizer, rows, longest, answering)
     words = iter(tokenizer.encode_batch([message["content"] for messages in rows for message in messages]))
     role_ids = {role: tokenizer.special[token] for role, token in ROLES.items()}
     tokens: list[int] = []
@@ -77,6 +80,24 @@ def _encode(tokenizer: Tokenizer, rows: Sequence[Messages], longest: int, answer
     array = np.array(tokens, dtype=token_dtype(tokenizer.vocab_size))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     return Sequences(array, np.repeat(learned_runs, segments), offsets), dropped
+
+
+def _encode_by_template(
+    tokenizer: Tokenizer, rows: Sequence[Messages], longest: int, answering: bool
+) -> tuple[Sequences, int]:
+    """As _encode, conversation by conversation."""
+    kept: list[list[tuple[int, bool]]] = []
+    for messages in rows:
+        if answering:
+            pairs = [(id, False) for id in tokenizer.encode_chat(messages)]
+        else:
+            pairs = tokenizer.encode_chat_with_mask(messages)
+        if len(pairs) <= longest:
+            kept.append(pairs)
+    flat = [pair for pairs in kept for pair in pairs]
+    tokens = np.array([id for id, _ in flat], dtype=token_dtype(tokenizer.vocab_size))
+    offsets = np.concatenate([[0], np.cumsum([len(pairs) for pairs in kept], dtype=np.int64)]).astype(np.int64)
+    return Sequences(tokens, np.array([learned for _, learned in flat], dtype=bool), offsets), len(rows) - len(kept)
 
 
 def text_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from models.distributed import Ranks
+
 Options = TypeVar("Options")
 Emit = Callable[[dict[str, Any]], None]
 
@@ -37,7 +39,8 @@ class Job:
     stage: its name in dvc.yaml; root: the workspace; deps: the paths that dvc.yaml declares, relative to root;
     output: a new folder that becomes artifacts/<stage>/ when the body has ended; work: a folder that outlives a kill,
     for checkpoints; params: the sections of params.yaml that dvc.yaml declares; device: "cpu" or "cuda";
-    threads: torch's thread count (it changes the last bits); emit: takes event dicts.
+    threads: torch's thread count (it changes the last bits); emit: takes event dicts; ranks: this process among those that
+    train together.
     """
 
     stage: str
@@ -49,6 +52,7 @@ class Job:
     device: str = "cpu"
     threads: int = 1
     emit: Emit = field(default=lambda event: None)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def input(self, path: str) -> Path:
         """The path of a declared dep. Raises KeyError when dvc.yaml does not declare it, FileNotFoundError when absent."""
@@ -71,6 +75,10 @@ class Job:
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Report that `step` of `total` steps is done, with its metrics."""
         self.emit({"event": "metrics", "step": step, "total": total, "metrics": dict(metrics)})
+
+    def estimate(self, seconds: float, memory: int) -> None:
+        """Report how many seconds the steps will take at most, and how many bytes of memory."""
+        self.emit({"event": "estimate", "seconds": round(seconds, 1), "memory": memory})
 
     def resumed(self, step: int, curve: Sequence[Mapping[str, float]]) -> None:
         """Report that the work goes on from a checkpoint taken after `step` steps, and the curve so far (`step` in each row)."""

@@ -15,37 +15,42 @@ class _CrossEntropy(torch.autograd.Function):
     """Σ weight·nll with the gradient made in the forward pass, so that each chunk's logits are made once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        total = hidden.new_zeros(())
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, learning: bool) -> Tensor:
+        for_hidden, for_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_weight = torch.zeros_like(weight) if for_weight else None
+        total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             logits = F.linear(hidden[rows], weight).float()
             logp = torch.log_softmax(logits, dim=-1)
             total -= (logp.gather(1, targets[rows, None])[:, 0] * weights[rows]).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
             grad = logp.exp_()
             grad.scatter_add_(1, targets[rows, None], grad.new_full((grad.shape[0], 1), -1.0))
             grad.mul_(weights[rows, None])
             grad = grad.to(hidden.dtype)
-            torch.mm(grad, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(grad.t(), hidden[rows])
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+        scaled = [None if g is None else g * grads[0] for g in ctx.saved_tensors]
+        return *scaled, None, None, None
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Σ_i weights_i · (−log softmax(hidden_i · weightᵀ)[targets_i]).
 
     hidden [rows, d], weight [V, d], targets [rows], weights [rows]: for a mean over N tokens of the whole batch, give
-    1/N for tokens in the loss (the global count, not each micro-batch's own). Returns a scalar.
+    1/N for tokens in the loss (the global count, not each micro-batch's own). Returns a scalar in fp32 whatever the inputs.
     """
-    return _CrossEntropy.apply(hidden, weight, targets, weights)
+    return _CrossEntropy.apply(hidden, weight, targets, weights, torch.is_grad_enabled())
 
 
 class _LogProbs(torch.autograd.Function):
@@ -53,7 +58,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        out = hidden.new_empty(hidden.shape[0])
+        out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             logits = F.linear(hidden[rows], weight).float() / temperature
@@ -66,21 +71,23 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, targets = ctx.saved_tensors
         (grad_out,) = grads
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             p = torch.softmax(F.linear(hidden[rows], weight).float() / ctx.temperature, dim=-1).neg_()
             p.scatter_add_(1, targets[rows, None], p.new_ones((p.shape[0], 1)))
             p.mul_(grad_out[rows, None] / ctx.temperature)
             p = p.to(hidden.dtype)
-            torch.mm(p, weight, out=grad_hidden[rows])
-            grad_weight.addmm_(p.t(), hidden[rows])
+            if grad_hidden is not None:
+                torch.mm(p, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(p.t(), hidden[rows])
         return grad_hidden, grad_weight, None, None
 
 
 def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(hidden · weightᵀ / temperature) at the targets: [rows, d], [V, d], [rows] → [rows].
+    """log softmax(hidden · weightᵀ / temperature) at the targets: [rows, d], [V, d], [rows] → [rows] in fp32.
 
     The temperature divides logits everywhere a policy is asked (sampling, ratio, KL), as in Ziegler et al. 2019.
     """

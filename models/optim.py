@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from models.distributed import load_optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1, shape: str = "cosine") -> float:
@@ -35,7 +38,8 @@ class Optimizer:
         parameters = [p for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() == 0], "weight_decay": 0.0},
         ]
         self.parameters = parameters
         self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
@@ -60,13 +64,16 @@ class Optimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of state_dict."""
-        self.inner.load_state_dict(state)
+        load_optimizer(self.inner, state)
 
 
 def clip_norm(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale gradients in place so that their joint L2 norm is at most limit; returns the norm before that."""
+    """Scale gradients in place so that their joint L2 norm is at most limit; returns the norm before that, over all processes."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(grads))
+    kinds = [part for kind in (True, False) if (part := [g for g in grads if isinstance(g, DTensor) == kind])]
+    norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
+    norm = math.hypot(*(float(n.full_tensor() if isinstance(n, DTensor) else n) for n in norms))
     if math.isfinite(norm) and norm > limit:
-        torch._foreach_mul_(grads, limit / (norm + 1e-6))
+        for part in kinds:
+            torch._foreach_mul_(part, limit / (norm + 1e-6))
     return norm

@@ -18,15 +18,20 @@ from torch import Tensor
 
 from models.checkpoint import load_model, save_model
 from models.corpus import Sequences
+from models.ema import Average
 from models.job import Job
+from models.lora import Learned, LoraOptions, disabled, save_adapter, what_learns
 from models.losses import cross_entropy, log_probs
 from models.optim import Optimizer, learning_rate
 from models.reward import RewardModel, load_reward_model, score
 from models.rollout import Answer, flatten, generate
 from models.sft import collate
 from models.tokenizer import Tokenizer
-from models.training import Stateful, Training, TrainingOptions, stream
+from models.training import Stateful, Training, TrainingOptions, stream, torch_generator
 from models.transformer import Transformer, dense_layout
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+LARGEST_LOG_RATIO = 20.0  # in k2 and k3: past it one token would drown all others, and soon overflow
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class PPOOptions(TrainingOptions):
 
     reward: "score" is the reward model's r as it is; "probability" is its probability of a thumb up, which saturates, so
     that an answer is not chased for being rated ever higher (a bounded reward hinders reward hacking: Fu et al. 2025).
+    kl_estimator: k1, k2 or k3 (see kl_estimate) in the reward. dual_clip: no step counts a bad answer more than this many
+    times its advantage (Ye et al. 2020; 3 is usual), null for no bound. ema_decay: what is saved is the moving average of
+    the policy over its steps (InstructGPT: 0.992), null for the last weights. missing_eos_penalty: the score of an answer
+    that did not end by itself, in place of the reward model's; null leaves that.
     """
 
     iterations: int = 20
@@ -50,7 +59,9 @@ class PPOOptions(TrainingOptions):
     value_clip_range: float = 0.2
     gamma: float = 1.0
     gae_lambda: float = 0.95
+    dual_clip: float | None = None
     kl_coefficient: float = 0.06
+    kl_estimator: str = "k1"
     kl_target: float | None = None
     kl_horizon: int = 2000
     reward: str = "probability"
@@ -59,6 +70,7 @@ class PPOOptions(TrainingOptions):
     ptx_coefficient: float = 0.2
     ptx_batch_size: int = 2
     ptx_conversations: int = 12
+    ema_decay: float | None = None
     clip_norm: float = 1.0
     checkpoint_every: int = 4
     log_every: int = 1
@@ -72,8 +84,34 @@ class PPOOptions(TrainingOptions):
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of minibatches {self.minibatches}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise ValueError(f"kl_target must be above 0 nats an answer, or null: {self.kl_target}")
+        for name in ("critic_learning_rate", "clip_range", "value_clip_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name in ("kl_coefficient", "ptx_coefficient", "ptx_batch_size", "ptx_conversations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, not {self.kl_estimator}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, or null: {self.dual_clip}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, or null: {self.ema_decay}")
+        if self.kl_target is not None:
+            self._check_controller(self.kl_target)
+
+    def _check_controller(self, target: float) -> None:
+        if not target > 0:
+            raise ValueError(f"kl_target must be above 0 nats an answer, or null: {target}")
+        if not self.kl_coefficient > 0:
+            raise ValueError("kl_target needs a kl_coefficient above 0 to start from")
+        if self.kl_horizon < self.batch_size:
+            raise ValueError(
+                f"kl_horizon {self.kl_horizon} must be at least batch_size {self.batch_size} episodes: the coefficient "
+                "would change by more than a fifth at once"
+            )
 
 
 # -- the formulas ------------------------------------------------------------------------------------------------------
@@ -92,9 +130,24 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return (out if shift_mean else out + mean) * mask
 
 
-def token_rewards(scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """r_t = −β·(log π_old − log π_ref), and the score on the last answer token: scores [B], the rest [B, T] → [B, T]."""
-    rewards = -beta * (logp - ref_logp) * mask
+def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
+    """KL(π‖π_ref) estimated at each sampled token from x = log π − log π_ref (Schulman 2020), any shape.
+
+    k1 = x: unbiased, below 0 as often as a sample is more likely under π_ref; k2 = x²/2: biased, of low variance;
+    k3 = e^(−x) − 1 + x: unbiased and never below 0. k2 and k3 take x within ±20.
+    """
+    x = logp - ref_logp
+    if estimator == "k1":
+        return x
+    x = x.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return 0.5 * x.square() if estimator == "k2" else (torch.expm1(-x) + x).clamp_min(0.0)  # by rounding
+
+
+def token_rewards(
+    scores: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float, estimator: str = "k1"
+) -> Tensor:
+    """r_t = −β·KL_t of π_old to π_ref, and the score on the last answer token: scores [B], the rest [B, T] → [B, T]."""
+    rewards = -beta * kl_estimate(logp, ref_logp, estimator) * mask
     last = mask.long().sum(1) - 1
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
@@ -117,13 +170,19 @@ def advantages_and_returns(
 
 
 def policy_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, clip_range: float, dual_clip: float | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Mean of max(−Aρ, −A·clip(ρ, 1 − ε, 1 + ε)) over answer tokens [A], with the statistics people watch."""
+    """Mean of max(−Aρ, −A·clip(ρ, 1 − ε, 1 + ε)) over answer tokens [A], with the statistics people watch.
+
+    dual_clip c: where A < 0, no more than −A·c (Ye et al. 2020), however far ρ has run away.
+    """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    losses = torch.max(-advantages * ratio, -advantages * clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.min(losses, -advantages * dual_clip), losses)
+    loss = losses.mean()
     with torch.no_grad():
         stats = {
             "policy/approx_kl": 0.5 * log_ratio.square().mean().item(),
@@ -168,11 +227,14 @@ def pad(flat: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 class Models(NamedTuple):
-    """The four networks of PPO: the policy and its critic learn, the reference and the reward model do not."""
+    """The networks of PPO: the policy and its critic learn, the reference and the reward model do not.
+
+    reference: the model to stay near; None for the policy itself without its LoRA updates.
+    """
 
     policy: Transformer
     critic: RewardModel
-    reference: Transformer
+    reference: Transformer | None
     reward: RewardModel
 
 
@@ -200,7 +262,12 @@ def roll_out(
         return pad(log_probs(hidden, model.head_weight, flat.targets, options.temperature), lengths)
 
     # The old log-probabilities come from the training code, not the sampler: the ratio of the first minibatch is 1.
-    logp, ref_logp = logp_of(models.policy), logp_of(models.reference)
+    logp = logp_of(models.policy)
+    if models.reference is None:
+        with disabled(models.policy):
+            ref_logp = logp_of(models.policy)
+    else:
+        ref_logp = logp_of(models.reference)
     values = pad(models.critic(flat.tokens, flat.layout).index_select(0, flat.rows), lengths)
     mask = pad(torch.ones(sum(lengths), dtype=torch.bool, device=device), lengths)
     scores = torch.tensor(score(models.reward, prompts, ids), device=device)
@@ -209,7 +276,7 @@ def roll_out(
     if options.missing_eos_penalty is not None:
         ended = torch.tensor([a.finish_reason == "stop" for a in answers], device=device)
         scores = torch.where(ended, scores, torch.full_like(scores, options.missing_eos_penalty))
-    rewards = token_rewards(scores, logp, ref_logp, mask, beta)
+    rewards = token_rewards(scores, logp, ref_logp, mask, beta, options.kl_estimator)
     if options.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = advantages_and_returns(rewards, values, mask, options.gamma, options.gae_lambda)
@@ -223,6 +290,7 @@ class Updater:
         self.models, self.options, self.tokens, self.chats = models, options, tokens, chats
         self.policy_optimizer = Optimizer(models.policy, betas=(0.9, 0.95), eps=1e-5)
         self.critic_optimizer = Optimizer(models.critic, betas=(0.9, 0.95), eps=1e-5)
+        self.average = None if options.ema_decay is None else Average(models.policy, options.ema_decay)
         self.skipped = 0
 
     def update(self, rollout: Rollout, seed: int, iteration: int) -> dict[str, float]:
@@ -255,13 +323,15 @@ class Updater:
 
         hidden = m.policy(flat.tokens, flat.layout).index_select(0, flat.rows)
         logp = log_probs(hidden, m.policy.head_weight, flat.targets, o.temperature)
-        loss, stats = policy_loss(logp, take(rollout.logp), take(rollout.advantages), o.clip_range)
+        loss, stats = policy_loss(logp, take(rollout.logp), take(rollout.advantages), o.clip_range, o.dual_clip)
         loss.backward()
         if o.ptx_coefficient:
             stats["policy/ptx_loss"] = self._ptx(seed, step)
         rate = learning_rate(step, steps, o.learning_rate, o.warmup_steps, shape="linear")
         norm, taken = self.policy_optimizer.step(rate, o.clip_norm)
         self.skipped += not taken
+        if taken and self.average is not None:
+            self.average.update()
 
         values = m.critic(flat.tokens, flat.layout).index_select(0, flat.rows)
         loss_v = value_loss(values, take(rollout.values), take(rollout.returns), o.value_clip_range)
@@ -300,13 +370,13 @@ class Updater:
 def statistics(rollout: Rollout, beta: float) -> dict[str, float]:
     """What a rollout tells: reward, KL per answer in nats (k1, and k3 which is never negative), length, ends."""
     log_ratio = (rollout.logp - rollout.ref_logp) * rollout.mask
-    k3 = ((-log_ratio).exp() - 1 + log_ratio) * rollout.mask
+    k3 = kl_estimate(rollout.logp, rollout.ref_logp, "k3") * rollout.mask
     returns, values = rollout.returns[rollout.mask], rollout.values[rollout.mask]
     variance = returns.var(correction=0)
     texts = {tuple(answer.ids) for answer in rollout.answers}
     return {
         "reward/score": rollout.scores.mean().item(),
-        "reward/score_std": rollout.scores.std().item(),
+        "reward/score_std": rollout.scores.std(correction=min(1, len(rollout.scores) - 1)).item(),
         "objective/kl": log_ratio.sum(1).mean().item(),
         "objective/kl_k3": k3.sum(1).mean().item(),
         "objective/kl_coefficient": beta,
@@ -331,19 +401,24 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"there are {len(prompts)} prompts, fewer than ppo.batch_size {options.batch_size}: add prompts"
         )
+    lora = job.options("lora", LoraOptions)
     models = Models(
         load_model(base, job.device),
         load_reward_model(rewarder, job.device),
-        load_model(base, job.device),
+        None if lora.rank else load_model(base, job.device),
         load_reward_model(rewarder, job.device),
     )
+    policy = what_learns(models.policy, lora, torch_generator(job.seed, "lora", "policy"))
+    what_learns(models.critic.trunk, lora, torch_generator(job.seed, "lora", "critic"))  # its head learns in any case
     updater = Updater(models, options, tokens, chats)
     parts: dict[str, Stateful] = {
-        "policy": models.policy,
-        "critic": models.critic,
+        "policy": policy,
+        "critic": Learned(models.critic) if lora.rank else models.critic,
         "policy_optimizer": updater.policy_optimizer,
         "critic_optimizer": updater.critic_optimizer,
     }
+    if updater.average is not None:
+        parts["average"] = updater.average
     training = Training(job, options, options.iterations, parts)
     beta = training.numbers.get("kl_coefficient", options.kl_coefficient)
 
@@ -382,6 +457,10 @@ def run(job: Job) -> dict[str, Any]:
         "skipped_steps": training.skipped,
     }
     card = "# thumbwheel PPO model\n\nThe SFT model after PPO against a reward model of people's thumbs."
+    if updater.average is not None:
+        updater.average.apply()
     save_model(models.policy, job.output / "model", tokenizer, card)
+    if lora.rank:
+        save_adapter(models.policy, job.output / "model" / "adapter", "artifacts/sft/model")
     training.finish(metrics)
     return metrics

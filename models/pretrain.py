@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.checkpoint import save_model
 from models.config import ModelConfig, ModelOptions
@@ -73,40 +74,50 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"pretraining text has {len(tokens)} tokens, fewer than one context of {length}: give more text"
         )
+    ranks = job.ranks
+    mine = ranks.part(range(options.batch_size))
     model = Transformer(config).initialize(torch_generator(job.seed, "weights")).to(job.device)
+    ranks.shard(model, model.layers)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
 
-    layout = dense_layout(options.batch_size, length, job.device)
-    weights = torch.full((options.batch_size * length,), 1 / (options.batch_size * length), device=job.device)
+    layout = dense_layout(len(mine), length, job.device)
+    weights = torch.full((len(mine) * length,), 1 / (options.batch_size * length), device=job.device)
     model.train()
+
+    def largest() -> Tensor:
+        ids = torch.zeros(len(mine) * length, dtype=torch.long, device=job.device)
+        return cross_entropy(model(ids, layout), model.head_weight, ids, weights)
+
+    what = f"pretrain: a batch of {len(mine)} windows of {length} tokens"
+    training.rehearse(model, largest, what, "lower pretrain.batch_size, or the model's sizes, in params.yaml")
     clock, seen = time.perf_counter(), 0
     for step in range(training.first, options.steps):
         # 1. a batch of windows, at places that depend on seed and step alone
         starts = stream(job.seed, "windows", step).integers(0, len(tokens) - length, options.batch_size)
-        windows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(
-            job.device
-        )
+        rows = np.stack([tokens[s : s + length + 1] for s in starts[mine]]).astype(np.int64)
+        windows = torch.from_numpy(rows).to(job.device)
         # 2. loss and gradient
         hidden = model(windows[:, :-1].reshape(-1), layout)
         loss = cross_entropy(hidden, model.head_weight, windows[:, 1:].reshape(-1), weights)
-        loss.backward()
+        (loss * ranks.size).backward()
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
-        seen += windows.shape[0] * length
+        seen += options.batch_size * length
         # 4. records
         done = step + 1
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            training.log(
-                done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
-            )
+            row = {"loss": ranks.total(loss.item()), "learning_rate": rate, "gradient_norm": norm}
+            training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
-    model.eval()
+    model = ranks.whole(model, Transformer(config).to(job.device))
+    if not ranks.first:
+        return {}
     nll, _ = stream_loss(model, heldout, limit=256)
     metrics = {
         "heldout_loss": nll,

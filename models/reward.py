@@ -1,8 +1,9 @@
 """The reward model: what people would think of an answer, learned from lone thumbs and from answers to one prompt.
 
 Two terms over one score r(x, y), the head's reading at an answer's last token:
-- pairs: all answers to a prompt are one element with one forward pass each; the mean of −log σ(r_w − r_l) over the
-  prompt's pairs, then the mean over prompts (InstructGPT, Ouyang et al. 2022, eq. 1; ties are left out);
+- pairs: all answers to a prompt are one element with one forward pass each; the mean of −log σ(r_w − r_l − m) over the
+  prompt's pairs, then the mean over prompts (InstructGPT, Ouyang et al. 2022, eq. 1; ties are left out). A margin m makes
+  r tell strong preferences further apart (Llama 2, Touvron et al. 2023); it is 0 unless asked for;
 - thumbs: −log σ(v·(r + b)) with v = ±1 and an offset b of its own, so that the share of thumbs up does not move r.
 After training r is shifted and scaled to mean 0 and variance 1 over the answers that were rated (Ziegler et al. 2019).
 """
@@ -13,7 +14,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.baselines import bag_of_words_accuracy, length_accuracy
-from models.checkpoint import from_huggingface, load_model, read_config, read_tensors, to_huggingface, write_folder
+from models.checkpoint import load_model, read_config, read_weights, write_folder
+from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
+from models.opinions import Preference, Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, batches, torch_generator
@@ -35,7 +37,11 @@ from models.transformer import Layout, Transformer, packed_layout
 
 @dataclass(frozen=True)
 class RewardOptions(TrainingOptions):
-    """Section `reward` of params.yaml. A step sees batch_size prompts with all their rated answers."""
+    """Section `reward` of params.yaml. A step sees batch_size prompts with all their rated answers.
+
+    margin: by how much r should tell apart a pair of the usual strength; centering_coefficient: of (r_w + r_l)² in each
+    pair, which keeps r around 0 (Eisenstein et al. 2023; 0.01 is usual).
+    """
 
     epochs: int = 2
     batch_size: int = 8
@@ -44,6 +50,8 @@ class RewardOptions(TrainingOptions):
     weight_decay: float = 0.1
     pair_weight: float = 1.0
     thumb_weight: float = 1.0
+    margin: float = 0.0
+    centering_coefficient: float = 0.0
     clip_norm: float = 1.0
     checkpoint_every: int = 100
     log_every: int = 10
@@ -53,6 +61,8 @@ class RewardOptions(TrainingOptions):
         self.at_least_one("epochs", "batch_size")
         if self.pair_weight < 0 or self.thumb_weight < 0 or self.pair_weight + self.thumb_weight == 0:
             raise ValueError("pair_weight and thumb_weight must not be negative, and one must be above 0")
+        if self.margin < 0 or self.centering_coefficient < 0:
+            raise ValueError("margin and centering_coefficient must not be negative")
 
 
 class RewardModel(nn.Module):
@@ -117,38 +127,32 @@ def score(
     return out
 
 
-@dataclass(frozen=True)
-class Rated:
-    """One prompt with its rated answers: sequences (prompt and answer ids) and values (+1, −1)."""
+def pair_loss(
+    scores: Tensor,
+    values: Sequence[int],
+    preferences: Sequence[Preference] = (),
+    margin: float = 0.0,
+    centering: float = 0.0,
+) -> Tensor | None:
+    """The loss over all pairs of one prompt's answers (scores [K]); None when it has no pair.
 
-    prompt: list[int]
-    answers: list[list[int]]
-    values: list[int]
-
-
-def read_opinions(path: Path) -> list[Rated]:
-    """Group a snapshot's thumbs by prompt, in the file's order. Raises ValueError that names file, line and field."""
-    groups: dict[tuple[int, ...], Rated] = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            if row.get("kind") != "thumb":
-                continue
-            if row.get("value") not in (1, -1) or not row.get("prompt_ids") or not row.get("response_ids"):
-                raise ValueError(f"{path}:{number}: a thumb needs value 1 or -1, prompt_ids and response_ids")
-            rated = groups.setdefault(tuple(row["prompt_ids"]), Rated(row["prompt_ids"], [], []))
-            rated.answers.append(row["response_ids"])
-            rated.values.append(row["value"])
-    return list(groups.values())
-
-
-def pair_loss(scores: Tensor, values: Sequence[int]) -> Tensor | None:
-    """Mean of −log σ(r_w − r_l) over all pairs of one prompt's answers (scores [K]); None when every value is equal."""
+    A pair is a thumb up and a thumb down (values [K], 0 for an answer without a thumb), or a preference. The loss is the
+    mean of −log σ(r_w − r_l − margin·strength), plus centering times the mean of (r_w + r_l)².
+    """
     v = torch.tensor(values, device=scores.device)
-    better = v[:, None] > v[None, :]
-    if not better.any():
+    better = (v[:, None] > 0) & (v[None, :] < 0)
+    differences = (scores[:, None] - scores[None, :])[better]
+    sums = (scores[:, None] + scores[None, :])[better]
+    strengths = torch.ones_like(differences)
+    if preferences:
+        winners, losers = scores[[p.winner for p in preferences]], scores[[p.loser for p in preferences]]
+        differences = torch.cat([differences, winners - losers])
+        sums = torch.cat([sums, winners + losers])
+        strengths = torch.cat([strengths, strengths.new_tensor([p.strength for p in preferences])])
+    if not len(differences):
         return None
-    return F.softplus(-(scores[:, None] - scores[None, :])[better]).mean()
+    loss = F.softplus(margin * strengths - differences).mean()
+    return loss + centering * sums.square().mean() if centering else loss
 
 
 def thumb_loss(scores: Tensor, values: Tensor, offset: Tensor) -> Tensor:
@@ -163,26 +167,30 @@ def batch_loss(model: RewardModel, batch: Sequence[Rated], options: RewardOption
     scores = model.scores(*lay_out(sequences, device))
     values = [v for rated in batch for v in rated.values]
     target = torch.tensor(values, device=device, dtype=torch.float32)
-    thumbs = thumb_loss(scores, target, model.offset)
+    parts: dict[str, float] = {}
+    total = 0.0 * scores.sum()
+    rated_scores, target = (scores, target) if all(values) else (scores[target != 0], target[target != 0])
+    if len(target):
+        thumbs = thumb_loss(rated_scores, target, model.offset)
+        total = options.thumb_weight * thumbs
+        parts["thumb_loss"] = thumbs.item()
+        parts["accuracy"] = float((((rated_scores + model.offset) > 0) == (target > 0)).float().mean())
     pairs = []
     for rated, part in zip(batch, scores.split([len(r.answers) for r in batch]), strict=True):
-        if (loss := pair_loss(part, rated.values)) is not None:
+        loss = pair_loss(part, rated.values, rated.preferences, options.margin, options.centering_coefficient)
+        if loss is not None:
             pairs.append(loss)
-    total = options.thumb_weight * thumbs
-    parts = {"thumb_loss": thumbs.item()}
     if pairs and options.pair_weight:
         mean = torch.stack(pairs).mean()
         total = total + options.pair_weight * mean
         parts["pair_loss"] = mean.item()
-    parts["accuracy"] = float((((scores + model.offset) > 0) == (target > 0)).float().mean())
     return total, parts
 
 
 def save_reward_model(model: RewardModel, folder: Path, tokenizer: Tokenizer, card: str) -> None:
-    """Write the folder that transformers loads as LlamaForSequenceClassification (whose head has no bias: it is kept in
-    config.json as reward_bias, beside thumb_offset and thumb_scale)."""
-    config = model.trunk.config.to_huggingface() | {
-        "architectures": ["LlamaForSequenceClassification"],
+    """Write the folder that transformers loads as the family's class for sequence classification (whose head has no bias:
+    it is kept in config.json as reward_bias, beside thumb_offset and thumb_scale)."""
+    config = write_config(model.trunk.config, head="SequenceClassification") | {
         "num_labels": 1,
         "reward_bias": model.head.bias.item(),
         "thumb_offset": model.offset.item(),
@@ -196,11 +204,11 @@ def load_reward_model(folder: str | os.PathLike[str], device: str = "cpu") -> Re
     """Read what save_reward_model wrote. Raises FileNotFoundError, ValueError."""
     path = Path(folder)
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if raw.get("architectures") != ["LlamaForSequenceClassification"]:
+    if "reward_bias" not in raw:
         raise ValueError(f"{path}/config.json is not a reward model's: architectures is {raw.get('architectures')}")
-    tensors = read_tensors(path / "model.safetensors")
+    tensors = read_weights(path)
     head = tensors.pop("score.weight")
-    config = read_config(path, architecture="LlamaForSequenceClassification")
+    config = read_config(path, head="SequenceClassification")
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model = RewardModel(from_huggingface(config, tensors))
@@ -279,29 +287,55 @@ def run(job: Job) -> dict[str, Any]:
 def evaluate(
     model: RewardModel, train: Sequence[Rated], heldout: Sequence[Rated], tokenizer: Tokenizer
 ) -> dict[str, float]:
+    """How well r tells what people think of held-out answers: thumbs, and pairs, where there are any."""
+    scores = score(model, [r.prompt for r in heldout for _ in r.answers], [a for r in heldout for a in r.answers])
+    return _thumb_metrics(model, train, heldout, scores, tokenizer) | _pair_metrics(heldout, scores)
+
+
+def _thumb_metrics(
+    model: RewardModel, train: Sequence[Rated], heldout: Sequence[Rated], scores: Sequence[float], tokenizer: Tokenizer
+) -> dict[str, float]:
     """Accuracy of sign(r + b) on held-out thumbs with Wilson's 95 % interval, beside majority, length and bag-of-words."""
-    prompts = [r.prompt for r in heldout for _ in r.answers]
-    answers = [a for r in heldout for a in r.answers]
-    values = [v for r in heldout for v in r.values]
-    scores = score(model, prompts, answers)
-    right = sum((s + model.offset.item() > 0) == (v > 0) for s, v in zip(scores, values, strict=True))
-    up = sum(v > 0 for v in values)
-    accuracy = wilson(right, len(values))
-    by_value: dict[int, list[float]] = defaultdict(list)
-    for s, v in zip(scores, values, strict=True):
-        by_value[v].append(s)
-    learned = [(a, v) for r in train for a, v in zip(r.answers, r.values, strict=True)]
-    test = list(zip(answers, values, strict=True))
+    learned = [(a, v) for r in train for a, v in zip(r.answers, r.values, strict=True) if v]
+    answers = [(a, v) for r in heldout for a, v in zip(r.answers, r.values, strict=True)]
+    rated = [(s, a, v) for s, (a, v) in zip(scores, answers, strict=True) if v]
+    if not learned or not rated:
+        return {}
+    test = [(a, v) for _, a, v in rated]
+    right = sum((s + model.offset.item() > 0) == (v > 0) for s, _, v in rated)
+    up, down = ([s for s, _, v in rated if v == value] for value in (1, -1))
+    accuracy = wilson(right, len(rated))
     return {
-        "heldout": len(values),
+        "heldout": len(rated),
         "accuracy": accuracy.value,
         "accuracy_low": accuracy.low,
         "accuracy_high": accuracy.high,
-        "majority": max(up, len(values) - up) / len(values),
+        "majority": max(len(up), len(down)) / len(rated),
         "length_baseline": length_accuracy(learned, test),
         "bag_of_words_baseline": bag_of_words_accuracy(learned, test, tokenizer.vocab_size),
-        "score_up": sum(by_value[1]) / max(1, len(by_value[1])),
-        "score_down": sum(by_value[-1]) / max(1, len(by_value[-1])),
+        "score_up": sum(up) / max(1, len(up)),
+        "score_down": sum(down) / max(1, len(down)),
         "rated": len(learned),
         "up_share": sum(v > 0 for _, v in learned) / len(learned),
+    }
+
+
+def _pair_metrics(heldout: Sequence[Rated], scores: Sequence[float]) -> dict[str, float]:
+    """Share of held-out pairs that r orders as people did, with Wilson's 95 % interval (which takes pairs as independent)."""
+    right = count = start = 0
+    for rated in heldout:
+        of = scores[start : start + len(rated.answers)]
+        start += len(of)
+        ups, downs = ([i for i, v in enumerate(rated.values) if v == value] for value in (1, -1))
+        pairs = [(w, b) for w in ups for b in downs] + [(p.winner, p.loser) for p in rated.preferences]
+        right += sum(of[w] > of[b] for w, b in pairs)
+        count += len(pairs)
+    if not count:
+        return {}
+    accuracy = wilson(right, count)
+    return {
+        "heldout_pairs": count,
+        "pair_accuracy": accuracy.value,
+        "pair_accuracy_low": accuracy.low,
+        "pair_accuracy_high": accuracy.high,
     }

@@ -8,7 +8,7 @@ count).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.losses import log_probs
-from models.transformer import Block, Layout, Transformer, dense_layout, packed_layout, rotate
+from models.transformer import Block, Layout, Transformer, dense_layout, packed_layout
 
 SPAN = 32  # attention looks at this many keys or a multiple: what is masked adds exact zeros, so the bits do not change
 PREFILL_ROWS = 8  # prompts read together: enough rows for a matrix product to run near its peak
@@ -63,16 +63,25 @@ class _Slot:
 
 
 class Engine:
-    """Slots for `width` requests: finished rows leave, waiting prompts enter."""
+    """Slots for `width` requests: finished rows leave, waiting prompts enter.
 
-    def __init__(self, model: Transformer, *, stop_id: int, width: int = 32) -> None:
+    stop_id: the token, or the tokens, that end an answer. context: prompt and answer together, when the cache should
+    hold less than the model's whole context (it takes 2 · layers · width · context · K · D numbers).
+    """
+
+    def __init__(
+        self, model: Transformer, *, stop_id: int | Collection[int], width: int = 32, context: int | None = None
+    ) -> None:
         if width < 1:
             raise ValueError(f"width must be at least 1, not {width}")
-        self.model, self.stop_id, self.width = model.eval(), stop_id, width
+        self.stop_ids = frozenset([stop_id] if isinstance(stop_id, int) else stop_id)
+        self.model, self.width = model.eval(), width
         c = model.config
-        device = model.embedding.weight.device
-        shape = (c.num_hidden_layers, width, c.num_key_value_heads, c.context_length, c.head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.context = min(context or c.context_length, c.context_length)
+        device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+        shape = (c.num_hidden_layers, width, c.num_key_value_heads, self.context, c.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.zeros(width, dtype=torch.long)
         self.lengths = torch.zeros(width, dtype=torch.long)
         self.slots: list[_Slot | None] = [None] * width
@@ -87,10 +96,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError when its prompt is empty or leaves no room in the context."""
-        if not 1 <= len(request.prompt) < self.model.config.context_length:
-            raise ValueError(
-                f"the prompt has {len(request.prompt)} tokens; 1 to {self.model.config.context_length - 1} fit the context"
-            )
+        if not 1 <= len(request.prompt) < self.context:
+            raise ValueError(f"the prompt has {len(request.prompt)} tokens; 1 to {self.context - 1} fit the context")
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
         self.waiting.append(request)
@@ -115,11 +122,11 @@ class Engine:
 
         The block has the same shape however many there are; what pads it comes after, so no prompt sees it.
         """
-        longest = _round_up(len(self.waiting[0].prompt), self.model.config.context_length)
+        longest = _round_up(len(self.waiting[0].prompt), self.context)
         free = [row for row, slot in enumerate(self.slots) if slot is None][:PREFILL_ROWS]
         chosen: list[Request] = []
         while self.waiting and len(chosen) < len(free):
-            if _round_up(len(self.waiting[0].prompt), self.model.config.context_length) != longest:
+            if _round_up(len(self.waiting[0].prompt), self.context) != longest:
                 break
             chosen.append(self.waiting.popleft())
         block = torch.zeros(PREFILL_ROWS, longest, dtype=torch.long)
@@ -141,17 +148,15 @@ class Engine:
 
     def _decode(self) -> Tensor:
         """One step at full width: [width] tokens → logits [width, V]. Idle rows compute and are ignored."""
-        c, at = self.model.config, self.lengths.to(self.device)
-        span = _round_up(int(self.lengths.max()) + 1, c.context_length)
+        at = self.lengths.to(self.device)
+        span = _round_up(int(self.lengths.max()) + 1, self.context)
         x = self.model.embedding(self.tokens.to(self.device))
-        cos, sin = self.model.cos[at], self.model.sin[at]
-        hidden_keys = torch.arange(span, device=self.device)[None, :] > at[:, None]
-        mask = torch.zeros(hidden_keys.shape, device=self.device).masked_fill_(hidden_keys, float("-inf"))[
-            :, None, None
-        ]
+        cos, sin = self.model.cos[at].to(x.dtype), self.model.sin[at].to(x.dtype)
+        blocks = self.model.layers
+        masks = {w: _mask(at, span, w, x.dtype) for w in {block.attention.window for block in blocks}}
         rows = torch.arange(self.width, device=self.device)
-        for layer, block in enumerate(self.model.layers):
-            x = self._decode_block(block, layer, x, cos, sin, mask, rows, at)
+        for layer, block in enumerate(blocks):
+            x = self._decode_block(block, layer, x, cos, sin, masks[block.attention.window], rows, at)
         self.lengths += torch.tensor([slot is not None for slot in self.slots])
         return self.model.norm(x) @ self.weights[-1][0]
 
@@ -159,17 +164,18 @@ class Engine:
         self, block: Block, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, rows: Tensor, at: Tensor
     ) -> Tensor:
         a, w = block.attention, self.weights[layer]
-        qkv = (block.attention_norm(x) @ w[0]).view(self.width, -1, a.head_dim)
-        q, k = rotate(qkv[:, : a.heads + a.kv_heads], cos, sin).split([a.heads, a.kv_heads], dim=1)
+        q, k, v = a.split(_linear(block.attention_norm(x), w[0], a.qkv.bias), cos, sin)
         self.keys[layer, rows, :, at] = k
-        self.values[layer, rows, :, at] = qkv[:, a.heads + a.kv_heads :]
+        self.values[layer, rows, :, at] = v
         q = q.reshape(self.width, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
         span = mask.shape[-1]
         scores = q @ self.keys[layer, :, :, :span].transpose(-1, -2) * a.head_dim**-0.5 + mask
         y = (scores.softmax(-1) @ self.values[layer, :, :, :span]).reshape(self.width, -1)
-        x = x + y @ w[1]
-        gate, up = (block.mlp_norm(x) @ w[2]).chunk(2, dim=-1)
-        return x + (F.silu(gate) * up) @ w[3]
+        y = _linear(y, w[1], a.o.bias)
+        x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
+        gate, up = _linear(block.mlp_norm(x), w[2], block.gate_up.bias).chunk(2, dim=-1)
+        y = _linear(F.silu(gate) * up, w[3], block.down.bias)
+        return x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
 
     def _sample(self, logits: Tensor, rows: list[int], first: bool = False) -> list[Token]:
         """Sample for the given rows (of full-width logits, or of just these rows when first) and free what has ended."""
@@ -180,8 +186,8 @@ class Engine:
         out = []
         for (row, slot), id, logprob in zip(live, ids, logprobs, strict=True):
             slot.made += 1
-            room = self.model.config.context_length - len(slot.request.prompt) - slot.made
-            reason = "stop" if id == self.stop_id else None
+            room = self.context - len(slot.request.prompt) - slot.made
+            reason = "stop" if id in self.stop_ids else None
             if reason is None and (slot.made >= slot.request.max_new_tokens or room < 1):
                 reason = "length"
             self.tokens[row] = id
@@ -195,6 +201,24 @@ class Engine:
 def _round_up(length: int, context: int) -> int:
     """The next multiple of SPAN, or the context where that is shorter."""
     return min(context, -(-length // SPAN) * SPAN)
+
+
+def _mask(at: Tensor, span: int, window: int, dtype: torch.dtype) -> Tensor:
+    """[width, 1, 1, span]: 0 for the keys that the token at place `at` [width] sees, −inf for others.
+
+    It sees itself and those before it; with a window, that many in all.
+    """
+    place = torch.arange(span, device=at.device)[None, :]
+    unseen = place > at[:, None]
+    if window:
+        unseen |= place <= at[:, None] - window
+    mask = torch.zeros(unseen.shape, device=at.device, dtype=dtype).masked_fill_(unseen, float("-inf"))
+    return mask[:, None, None]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [rows, in] · weight [in, out] + bias."""
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def _transposed(model: Transformer) -> list[list[Tensor]]:
@@ -240,7 +264,7 @@ def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    stop_id: int,
+    stop_id: int | Collection[int],
     max_new_tokens: int,
     seeds: Sequence[int],
     temperature: float = 1.0,
@@ -249,7 +273,9 @@ def generate(
     width: int = 64,
 ) -> list[Answer]:
     """Continue every prompt, `width` at a time; seeds[i] drives prompt i. Raises ValueError as Engine.submit does."""
-    engine = Engine(model, stop_id=stop_id, width=width)
+    longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens
+    context = _round_up(longest, model.config.context_length)
+    engine = Engine(model, stop_id=stop_id, width=width, context=context)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         engine.submit(Request(str(i), prompt, max_new_tokens, temperature, top_p, top_k, seed))
     tokens: list[list[Token]] = [[] for _ in prompts]

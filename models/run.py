@@ -1,7 +1,8 @@
 """One training stage as a process of its own: `python -m models.run SPEC.json --metrics-fd N`.
 
 SPEC holds the fields of models.job.Job. Progress and metrics leave as JSON lines on file descriptor N. When nobody reads
-it any more the process ends: a stage never outlives the one who asked for it.
+it any more the process ends: a stage never outlives the one who asked for it. Under torchrun every process runs this, with
+`--metrics-fd 1`; the first one reports.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from models.allocator import keep_large_blocks
-from models.job import Job
+from models.distributed import Ranks, join, leave
+from models.job import Emit, Job
 
-STAGES = {"pretrain": "models.pretrain", "sft": "models.sft", "reward": "models.reward", "ppo": "models.ppo"}
+STAGES = {
+    "pretrain": "models.pretrain",
+    "sft": "models.sft",
+    "reward": "models.reward",
+    "ppo": "models.ppo",
+    "dpo": "models.dpo",
+    "kto": "models.kto",
+}
 
 
 class Emitter:
@@ -47,7 +56,7 @@ class Emitter:
         threading.Thread(target=beat, daemon=True).start()
 
 
-def load_job(spec: dict[str, Any], emit: Emitter) -> Job:
+def load_job(spec: dict[str, Any], emit: Emit, ranks: Ranks) -> Job:
     """The job that a spec describes."""
     paths = {name: Path(spec[name]) for name in ("root", "output", "work")}
     return Job(
@@ -57,6 +66,7 @@ def load_job(spec: dict[str, Any], emit: Emitter) -> Job:
         device=spec["device"],
         threads=int(spec["threads"]),
         emit=emit,
+        ranks=ranks,
         **paths,
     )
 
@@ -70,20 +80,38 @@ def main() -> int:
     keep_large_blocks()
     import torch
 
+    from models.memory import peak_memory
+
     spec = json.loads(arguments.spec.read_text(encoding="utf-8"))
-    emit = Emitter(os.fdopen(arguments.metrics_fd, "w", encoding="utf-8"))
-    emit.watch()
+    emit = Emitter(os.fdopen(_own(arguments.metrics_fd), "w", encoding="utf-8"))
     torch.set_num_threads(int(spec["threads"]))
-    body = importlib.import_module(STAGES[spec["stage"]])
-    job = load_job(spec, emit)
-    job.output.mkdir(parents=True, exist_ok=True)
     try:
-        summary = body.run(job)
+        ranks = join(spec["device"])
+        if ranks.first:
+            emit.watch()
+        job = load_job(spec, emit if ranks.first else _ignore, ranks)
+        job.output.mkdir(parents=True, exist_ok=True)
+        summary = importlib.import_module(STAGES[spec["stage"]]).run(job)
+        leave(ranks)
     except Exception as error:
         emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
         raise
-    emit({"event": "done", "summary": summary})
+    if ranks.first:
+        emit({"event": "done", "summary": {**summary, "peak_memory": peak_memory(spec["device"])}})
     return 0
+
+
+def _own(descriptor: int) -> int:
+    """The descriptor for events. torchrun hands on standard output alone, which is then kept for them: prints go to stderr."""
+    if descriptor != 1:
+        return descriptor
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    return kept
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    pass
 
 
 if __name__ == "__main__":

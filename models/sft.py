@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,24 @@ from torch import Tensor
 from models.checkpoint import load_model, save_model
 from models.corpus import Sequences
 from models.job import Job
+from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
-from models.training import Training, TrainingOptions, batches
+from models.training import Training, TrainingOptions, batches, torch_generator
 from models.transformer import Layout, Transformer, packed_layout
 
 
 @dataclass(frozen=True)
 class SFTOptions(TrainingOptions):
-    """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs."""
+    """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs.
+
+    micro_batch: conversations in memory at a time, null for all of the step's; the gradient is that of the whole batch.
+    """
 
     steps: int = 380
     batch_size: int = 32
+    micro_batch: int | None = None
     learning_rate: float = 1.5e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
@@ -36,7 +41,7 @@ class SFTOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("steps", "batch_size")
+        self.at_least_one("steps", "batch_size", *(["micro_batch"] if self.micro_batch is not None else []))
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,18 @@ class Batch:
     targets: Tensor
 
 
+def by_length(data: Sequences, indices: Sequence[int]) -> list[int]:
+    """The indices, shortest conversation first."""
+    return sorted(indices, key=lambda i: int(data.offsets[i + 1] - data.offsets[i]))
+
+
 def collate(data: Sequences, indices: Sequence[int], device: str) -> Batch:
     """Lay conversations end to end. Each sequence's last token is left out of the input: it has no successor."""
     tokens: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
     lengths = []
-    for i in sorted(indices, key=lambda i: int(data.offsets[i + 1] - data.offsets[i])):
+    for i in by_length(data, indices):
         ids, mask, start = data[i], data.mask(i), len(tokens)
         tokens += ids[:-1]
         lengths.append(len(ids) - 1)
@@ -70,6 +80,18 @@ def collate(data: Sequences, indices: Sequence[int], device: str) -> Batch:
         torch.tensor(rows, device=to),
         torch.tensor(targets, device=to),
     )
+
+
+def micro_batches(data: Sequences, indices: Sequence[int], size: int | None, device: str) -> Iterator[Batch]:
+    """The conversations of one step, `size` at a time (all at once for None), those of like lengths together."""
+    ordered = by_length(data, indices)
+    for start in range(0, len(ordered), size or len(ordered)):
+        yield collate(data, ordered[start : start + (size or len(ordered))], device)
+
+
+def learned_tokens(data: Sequences, indices: Sequence[int]) -> int:
+    """How many tokens of the conversations are in the loss: a first token is never predicted."""
+    return sum(int(data.learned[data.offsets[i] + 1 : data.offsets[i + 1]].sum()) for i in indices)
 
 
 def sft_loss(model: Transformer, batch: Batch, tokens_in_step: int) -> Tensor:
@@ -101,8 +123,10 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"SFT has {len(data)} conversations to learn and {len(heldout)} held out: each needs at least one"
         )
+    lora = job.options("lora", LoraOptions)
+    learned = what_learns(model, lora, torch_generator(job.seed, "lora"))
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
-    training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
+    training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
 
     per_epoch = math.ceil(len(data) / options.batch_size)
     model.train()
@@ -112,23 +136,25 @@ def run(job: Job) -> dict[str, Any]:
         # 1. the step's conversations: every one once an epoch, in an order of that epoch's own
         if not order or step % per_epoch == 0:
             order = batches(len(data), options.batch_size, job.seed, step // per_epoch)
-        batch = collate(data, order[step % per_epoch].tolist(), job.device)
-        # 2. loss on the assistant's tokens, and its gradient
-        loss = sft_loss(model, batch, len(batch.targets))
-        loss.backward()
+        chosen = order[step % per_epoch].tolist()
+        # 2. loss on the assistant's tokens, and its gradient: a mean over all of the step's, however it is cut
+        count, total = learned_tokens(data, chosen), torch.zeros((), device=job.device)
+        for batch in micro_batches(data, chosen, options.micro_batch, job.device):
+            loss = sft_loss(model, batch, count)
+            loss.backward()
+            total += loss.detach()
+            seen += len(batch.tokens)
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
-        seen += len(batch.tokens)
         # 4. records
         done = step + 1
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            training.log(
-                done, {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}, {"tokens_per_second": speed}
-            )
+            row = {"loss": total.item(), "learning_rate": rate, "gradient_norm": norm}
+            training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
     model.eval()
@@ -142,5 +168,7 @@ def run(job: Job) -> dict[str, Any]:
     }
     card = "# thumbwheel SFT model\n\nFine-tuned on conversations; loss on the assistant's tokens and stop token."
     save_model(model, job.output / "model", tokenizer, card)
+    if lora.rank:
+        save_adapter(model, job.output / "model" / "adapter", "artifacts/pretrain/model")
     training.finish(metrics)
     return metrics

@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from models.distributed import gather, load_module
 from models.job import Job
+from models.memory import rehearse
 
 KEEP = 2  # checkpoints kept: should the newest be damaged, the one before it serves
 
@@ -121,13 +124,34 @@ class Training:
         self.rows: list[dict[str, float]] = []
         self.timing: list[dict[str, float]] = []
         self.checkpoints = Checkpoints(job.work / "checkpoints")
-        state = self.checkpoints.load()
+        state = self._load()
         if state is not None:
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                if isinstance(part, nn.Module):
+                    load_module(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
             self.first, self.skipped, self.numbers = state["step"], state["skipped"], state["numbers"]
             self.rows, self.timing = state["rows"], state["timing"]
             job.resumed(self.first, [row | more for row, more in zip(self.rows, self.timing, strict=True)])
+
+    def _load(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint. The first process looks before the others: it removes a damaged one."""
+        if not self.job.ranks.first:
+            self.job.ranks.wait()
+        state = self.checkpoints.load()
+        if self.job.ranks.first:
+            self.job.ranks.wait()
+        return state
+
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str, parts: int = 1) -> None:
+        """Try the largest batch once (models.memory.rehearse) and report how long the stage will take at most, and its memory.
+
+        parts: how many such batches a step has; to the peak come Adam's two moments. Raises MemoryError.
+        """
+        tried = rehearse(module, loss, what, remedy)
+        moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) // self.job.ranks.size
+        self.job.estimate((self.steps - self.first) * parts * tried.seconds, tried.memory + moments)
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""
@@ -142,9 +166,10 @@ class Training:
     def checkpoint(self, done: int) -> None:
         """Save a checkpoint after step `done` when one is due."""
         if done % self.options.checkpoint_every == 0 or done == self.steps:
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state = {name: gather(part.state_dict()) for name, part in self.parts.items()}
             records = {"skipped": self.skipped, "numbers": self.numbers, "rows": self.rows, "timing": self.timing}
-            self.checkpoints.save(done, state | records)
+            if self.job.ranks.first:
+                self.checkpoints.save(done, state | records)
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         """Write curves.csv, with `step` first, and metrics.json into the stage's output."""

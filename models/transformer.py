@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.rope import rotate, tables
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,38 @@ def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") ->
     return Layout(rows, longest, positions.to(to), (ends - 1).to(to), gather.to(to), scatter.to(to))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (Su et al. 2021, halves as in Hugging Face's Llama): x [N, heads, D], cos and sin [N, 1, D/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class Attention(nn.Module):
     """Causal self-attention with H query heads that share K key-value heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.qkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.o = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.rotary, self.interleaved = layer not in config.unrotated_layers, config.interleaved_rope
+        self.window = config.sliding_window if layer in config.sliding_layers else 0
+        outer = self.heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, outer + 2 * self.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(outer, config.hidden_size, bias=config.o_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, d] → rotated q [N, H, D], rotated k [N, K, D], v [N, K, D]."""
-        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
+    def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projections [N, (H + 2K)·D] → normalised and rotated q [N, H, D] and k [N, K, D], v [N, K, D]."""
+        qkv = qkv.view(qkv.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
-        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), dim=1)
+        if self.rotary:
+            qk = rotate(qk, cos, sin, self.interleaved)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, d] → output [N, d], and the keys and values [N, K, D] that a cache keeps."""
-        q, k, v = self.project(x, cos, sin)
+        q, k, v = self.split(self.qkv(x), cos, sin)
         group = self.heads // self.kv_heads
 
         def spread(t: Tensor, repeat: int) -> Tensor:
@@ -94,23 +98,39 @@ class Attention(nn.Module):
             t = flat.view(layout.rows, layout.longest, t.shape[1], self.head_dim)
             return (t if repeat == 1 else t.repeat_interleave(repeat, dim=2)).transpose(1, 2)
 
-        y = F.scaled_dot_product_attention(spread(q, 1), spread(k, group), spread(v, group), is_causal=True)
+        mask = band(layout.longest, self.window, x.device) if 0 < self.window < layout.longest else None
+        y = F.scaled_dot_product_attention(
+            spread(q, 1), spread(k, group), spread(v, group), attn_mask=mask, is_causal=mask is None
+        )
         y = y.transpose(1, 2).reshape(layout.rows * layout.longest, -1)
         if layout.scatter is not None:
             y = y.index_select(0, layout.scatter)
         return self.o(y), k, v
 
 
-class Block(nn.Module):
-    """One layer: attention, then SwiGLU, each after RMSNorm and added to the residual."""
+def band(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length], true where a token (row) may see another: itself and the window − 1 before it."""
+    place = torch.arange(length, device=device)
+    ago = place[:, None] - place[None, :]
+    return (ago >= 0) & (ago < window)
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Block(nn.Module):
+    """One layer: attention, then SwiGLU, each after RMSNorm (GLM-4: and before another) and added to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer)
+        self.mlp_norm = norm()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU (Shazeer 2020): x [N, d] → [N, d]."""
@@ -120,8 +140,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, d] → [N, d], keys and values."""
         y, k, v = self.attention(self.attention_norm(x), cos, sin, layout)
-        x = x + y
-        return x + self.mlp(x), k, v
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(x)
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), k, v
 
 
 class Transformer(nn.Module):
@@ -134,13 +155,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.outer(torch.arange(config.context_length, dtype=torch.float32), config.rope_theta**-half)
-        self.register_buffer("cos", angles.cos()[:, None], persistent=False)
-        self.register_buffer("sin", angles.sin()[:, None], persistent=False)
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Compute RoPE's cos and sin of every position: they are no weights, so no file has them."""
+        cos, sin = tables(self.config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     @property
     def layers(self) -> list[Block]:
@@ -158,7 +182,7 @@ class Transformer(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() == 1:
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 else:
                     shrink = scale if name.endswith(("attention.o.weight", "down.weight")) else 1.0
                     parameter.normal_(0.0, 0.02 * shrink, generator=generator)
@@ -174,8 +198,8 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}"
             )
-        cos, sin = self.cos[layout.positions], self.sin[layout.positions]
         x = self.embedding(tokens)
+        cos, sin = self.cos[layout.positions].to(x.dtype), self.sin[layout.positions].to(x.dtype)
         cache = []
         for block in self.layers:
             x, k, v = block(x, cos, sin, layout)

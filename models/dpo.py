@@ -1,0 +1,83 @@
+"""DPO (Rafailov et al. 2023): of two answers to a prompt, the one that people liked better shall gain on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.job import Job
+from models.opinions import Rated
+from models.preference import Answers, PreferenceOptions, find_pairs, train
+from models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class DPOOptions(PreferenceOptions):
+    """Section `dpo` of params.yaml. A step sees batch_size pairs.
+
+    label_smoothing: the share of pairs that are thought to be the wrong way round (cDPO, Mitchell 2023);
+    length_normalised: log ratios count by token, so that a long answer weighs no more than a short one (Lambert et al. 2024).
+    """
+
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """−(1 − ε)·log σ(β·Δ) − ε·log σ(−β·Δ) with Δ the chosen answer's log ratio less the rejected one's: [pairs] each.
+
+    Rafailov et al. 2023, eq. 7; ε of cDPO.
+    """
+    z = beta * (chosen - rejected)
+    return (1 - label_smoothing) * F.softplus(-z) + label_smoothing * F.softplus(z)
+
+
+class Comparisons:
+    """All pairs of the opinions; an answer that is in several is asked of the reference once."""
+
+    def __init__(self, reference: Transformer, opinions: Sequence[Rated], options: DPOOptions) -> None:
+        self.options = options
+        prompts, answers, self.pairs = find_pairs(opinions)
+        if not self.pairs:
+            raise ValueError(
+                "artifacts/snapshot/opinions.train.jsonl holds no pair: DPO needs a prompt with an answer that people liked "
+                "and one that they did not. Collect more opinions, or set align.method to kto, which takes lone thumbs"
+            )
+        self.answers = Answers(reference, prompts, answers)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss of the pairs `chosen`; each is two sequences of one packed forward pass."""
+        rows = [self.pairs[i][0] for i in chosen] + [self.pairs[i][1] for i in chosen]
+        ratios = self.answers.log_ratios(policy, rows)
+        if self.options.length_normalised:
+            ratios = ratios / self.answers.lengths(rows).to(ratios.device)
+        better, worse = ratios.chunk(2)
+        loss = dpo_loss(better, worse, self.options.beta, self.options.label_smoothing).mean()
+        with torch.no_grad():
+            rewards = [self.options.beta * side.mean().item() for side in (better, worse)]
+            stats = {
+                "rewards/chosen": rewards[0],
+                "rewards/rejected": rewards[1],
+                "rewards/margins": rewards[0] - rewards[1],
+                "rewards/accuracy": (better > worse).float().mean().item(),
+            }
+        return loss, stats
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The stage body: SFT model, snapshot → model/, metrics.json, curves.csv."""
+    options = job.options("dpo", DPOOptions)
+    return train(job, "dpo", options, lambda reference, opinions: Comparisons(reference, opinions, options))

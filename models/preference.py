@@ -1,0 +1,274 @@
+"""What DPO and KTO share: the policy learns from the rated answers themselves, with neither reward model nor sampling.
+
+The reference is the SFT model, whose log-probabilities of the rated answers are worked out once, before training. The log
+ratio of an answer y to a prompt x is log π(y|x) − log π_ref(y|x), summed over y's tokens; β times it is the reward that the
+policy stands for (Rafailov et al. 2023, eq. 5).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from models.checkpoint import load_model, save_model
+from models.corpus import Sequences
+from models.intervals import wilson
+from models.job import Job
+from models.lora import LoraOptions, save_adapter, what_learns
+from models.losses import cross_entropy, log_probs
+from models.opinions import Rated, read_opinions
+from models.optim import Optimizer, learning_rate
+from models.reward import RewardModel, load_reward_model, score
+from models.rollout import flatten, generate, sequence_logprobs
+from models.sft import collate
+from models.tokenizer import Tokenizer
+from models.training import Training, TrainingOptions, batches, stream, torch_generator
+from models.transformer import Transformer, dense_layout
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(TrainingOptions):
+    """What the sections `dpo` and `kto` of params.yaml share.
+
+    beta: how dear it is to leave the reference. ptx_*: the gradient of the language-modelling loss that is added at each
+    step, on windows of pretraining text and on SFT conversations, so that the policy does not forget how to speak.
+    samples: prompts that the finished policy answers for its figures, with max_new_tokens at most.
+    """
+
+    epochs: int = 2
+    batch_size: int = 32
+    beta: float = 0.1
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    ptx_coefficient: float = 0.2
+    ptx_batch_size: int = 2
+    ptx_conversations: int = 12
+    samples: int = 128
+    max_new_tokens: int = 32
+    clip_norm: float = 1.0
+    checkpoint_every: int = 20
+    log_every: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least_one("epochs", "batch_size", "samples", "max_new_tokens")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be above 0, not {self.beta}")
+        for name in ("ptx_coefficient", "ptx_batch_size", "ptx_conversations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+
+
+class Method(Protocol):
+    """What is learned from, and the loss: DPO's pairs or KTO's thumbs. `len` is the number of elements in an epoch."""
+
+    def __len__(self) -> int: ...
+
+    def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss of the elements `chosen`, and figures for the curve."""
+        ...
+
+
+class Answers:
+    """Answers to prompts with the reference's log-probabilities: all of a prompt's tokens are given, an answer's predicted."""
+
+    def __init__(self, reference: Transformer, prompts: Sequence[Ids], answers: Sequence[Ids]) -> None:
+        self.prompts, self.answers = prompts, answers
+        self.reference = [sum(row) for row in sequence_logprobs(reference, prompts, answers)]
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def log_ratios(self, policy: Transformer, chosen: Sequence[int]) -> Tensor:
+        """log π − log π_ref of the answers `chosen`: [len(chosen)]."""
+        device = policy.embedding.weight.device
+        answers = [self.answers[i] for i in chosen]
+        reference = torch.tensor([self.reference[i] for i in chosen], device=device)
+        return answer_logprobs(policy, [self.prompts[i] for i in chosen], answers) - reference
+
+    def lengths(self, chosen: Sequence[int]) -> Tensor:
+        """Tokens of the answers `chosen`, as numbers to divide by: [len(chosen)]."""
+        return torch.tensor([len(self.answers[i]) for i in chosen], dtype=torch.float32)
+
+
+def answer_logprobs(model: Transformer, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
+    """log π(answer | prompt) of each pair of id lists, with its gradient: [B]."""
+    flat = flatten(prompts, answers, model.embedding.weight.device)
+    hidden = model(flat.tokens, flat.layout).index_select(0, flat.rows)
+    by_token = log_probs(hidden, model.head_weight, flat.targets)
+    return pad_sequence(list(by_token.split([len(a) for a in answers])), batch_first=True).sum(1)
+
+
+class Pairs(NamedTuple):
+    """Answers to prompts (the ids of prompts[i] go with answers[i]), and which are better than which: (better, worse) by
+    index. An answer that is in several pairs is there once."""
+
+    prompts: list[Ids]
+    answers: list[Ids]
+    pairs: list[tuple[int, int]]
+
+
+def find_pairs(opinions: Sequence[Rated]) -> Pairs:
+    """To one prompt each answer with a thumb up beats each with a thumb down; and what was compared or ranked."""
+    out = Pairs([], [], [])
+    for rated in opinions:
+        ups, downs = ([i for i, v in enumerate(rated.values) if v == value] for value in (1, -1))
+        found = [(w, b) for w in ups for b in downs] + [(p.winner, p.loser) for p in rated.preferences]
+        if found:
+            start = len(out.answers)
+            out.pairs.extend((start + better, start + worse) for better, worse in found)
+            out.prompts.extend([rated.prompt] * len(rated.answers))
+            out.answers.extend(rated.answers)
+    return out
+
+
+def keep_language(
+    policy: Transformer, tokens: np.ndarray, chats: Sequences, options: PreferenceOptions, draw: np.random.Generator
+) -> float:
+    """Add coefficient·gradient of the language-modelling loss on drawn windows and conversations to the gradient that is
+    there (PPO-ptx, InstructGPT eq. 2). Returns the loss."""
+    device, length = policy.embedding.weight.device, policy.config.context_length
+    parts = []
+    if options.ptx_batch_size:
+        starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size)
+        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
+        layout = dense_layout(options.ptx_batch_size, length, device)
+        parts.append((policy(ids[:, :-1].reshape(-1), layout), ids[:, 1:].reshape(-1)))
+    if options.ptx_conversations:
+        batch = collate(chats, draw.integers(0, len(chats), options.ptx_conversations).tolist(), str(device))
+        parts.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
+    total = 0.0
+    for hidden, targets in parts:
+        weights = torch.full(targets.shape, 1 / len(targets), device=device)
+        loss = cross_entropy(hidden, policy.head_weight, targets, weights)
+        (options.ptx_coefficient * loss).backward()
+        total += loss.item()
+    return total
+
+
+# -- the stage ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    job: Job, name: str, options: PreferenceOptions, prepare: Callable[[Transformer, Sequence[Rated]], Method]
+) -> dict[str, Any]:
+    """The body of the stages dpo and kto: SFT model, opinions → model/, metrics.json, curves.csv.
+
+    prepare: makes what is learned from, of the reference and the opinions; raises ValueError when they hold nothing of it.
+    """
+    base, folder = job.input("artifacts/sft/model"), job.input("artifacts/tokenize")
+    snapshot, rewarder = job.input("artifacts/snapshot"), job.input("artifacts/reward/model")
+    tokenizer, policy = Tokenizer.load(base), load_model(base, job.device)
+    tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
+    chats = Sequences.load(folder / "sft.train.npz")
+    method = prepare(policy, read_opinions(snapshot / "opinions.train.jsonl"))
+    lora = job.options("lora", LoraOptions)
+    learned = what_learns(policy, lora, torch_generator(job.seed, "lora", name))
+    optimizer = Optimizer(policy, betas=(0.9, 0.95), eps=1e-5)
+    per_epoch = math.ceil(len(method) / options.batch_size)
+    steps = options.epochs * per_epoch
+    training = Training(job, options, steps, {"policy": learned, "optimizer": optimizer})
+
+    policy.train()
+    clock, seen = time.perf_counter(), 0
+    order: list[Any] = []
+    for step in range(training.first, steps):
+        # 1. a batch of pairs or thumbs: every one once an epoch, in an order of that epoch's own
+        if not order or step % per_epoch == 0:
+            order = batches(len(method), options.batch_size, job.seed, step // per_epoch)
+        chosen = order[step % per_epoch].tolist()
+        # 2. loss and gradient, that of the language-modelling loss in the same buffer
+        loss, row = method.loss(policy, chosen)
+        loss.backward()
+        if options.ptx_coefficient:
+            row["ptx_loss"] = keep_language(policy, tokens, chats, options, stream(job.seed, "ptx", step))
+        # 3. the step
+        rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, shape="linear")
+        norm, taken = optimizer.step(rate, options.clip_norm)
+        training.skipped += not taken
+        seen += len(chosen)
+        # 4. records
+        done = step + 1
+        if training.logs(done):
+            speed = seen / (time.perf_counter() - clock)
+            clock, seen = time.perf_counter(), 0
+            row |= {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}
+            training.log(done, row, {"elements_per_second": speed})
+        training.checkpoint(done)
+
+    policy.eval()
+    reference = load_model(base, job.device)
+    metrics: dict[str, Any] = {"elements": len(method), "skipped_steps": training.skipped}
+    metrics |= heldout_pairs(policy, reference, read_opinions(snapshot / "opinions.heldout.jsonl"))
+    prompts = Sequences.load(folder / "prompts.train.npz")
+    metrics |= sample(policy, reference, load_reward_model(rewarder, job.device), prompts, tokenizer, options, job.seed)
+    card = (
+        f"# thumbwheel {name.upper()} model\n\nThe SFT model after {name.upper()} on people's opinions of its answers."
+    )
+    save_model(policy, job.output / "model", tokenizer, card)
+    if lora.rank:
+        save_adapter(policy, job.output / "model" / "adapter", "artifacts/sft/model")
+    training.finish(metrics)
+    return metrics
+
+
+@torch.inference_mode()
+def heldout_pairs(policy: Transformer, reference: Transformer, opinions: Sequence[Rated]) -> dict[str, float]:
+    """Share of held-out pairs that the policy's log ratios order as people did, with Wilson's 95 % interval (which takes
+    pairs as independent); {} without pairs."""
+    prompts, answers, pairs = find_pairs(opinions)
+    if not pairs:
+        return {}
+    own, under = (sequence_logprobs(model, prompts, answers) for model in (policy, reference))
+    ratios = [sum(a) - sum(b) for a, b in zip(own, under, strict=True)]
+    count = len(pairs)
+    accuracy = wilson(sum(ratios[better] > ratios[worse] for better, worse in pairs), count)
+    return {
+        "heldout_pairs": count,
+        "pair_accuracy": accuracy.value,
+        "pair_accuracy_low": accuracy.low,
+        "pair_accuracy_high": accuracy.high,
+    }
+
+
+@torch.inference_mode()
+def sample(
+    policy: Transformer,
+    reference: Transformer,
+    judge: RewardModel,
+    prompts: Sequences,
+    tokenizer: Tokenizer,
+    options: PreferenceOptions,
+    seed: int,
+) -> dict[str, float]:
+    """Figures of answers that the policy samples, the same that PPO gives of its own: KL to the reference in nats an answer
+    (k1), the probability of a thumb up by the reward model (which taught it nothing here), length, ends."""
+    draw = stream(seed, "samples")
+    asked = [prompts[int(i)] for i in draw.choice(len(prompts), min(options.samples, len(prompts)), replace=False)]
+    answers = generate(
+        policy,
+        asked,
+        stop_id=tokenizer.stop_id,
+        max_new_tokens=options.max_new_tokens,
+        seeds=draw.integers(2**62, size=len(asked)).tolist(),
+    )
+    ids = [answer.ids for answer in answers]
+    own, under_reference = (sequence_logprobs(model, asked, ids) for model in (policy, reference))
+    scores = torch.tensor(score(judge, asked, ids), device=judge.head.weight.device)
+    return {
+        "objective_kl": (math.fsum(map(sum, own)) - math.fsum(map(sum, under_reference))) / len(ids),
+        "reward_probability": judge.probability(scores).mean().item(),
+        "answer_tokens": sum(map(len, ids)) / len(ids),
+        "answer_ended": sum(answer.finish_reason == "stop" for answer in answers) / len(ids),
+        "answer_distinct": len(set(map(tuple, ids))) / len(ids),
+    }

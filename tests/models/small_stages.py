@@ -1,0 +1,71 @@
+"""A workspace with tiny random models and token arrays, and training stages run in this process on it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models import ppo, reward, sft
+from models.checkpoint import save_model
+from models.corpus import conversations, prompts, text_stream
+from models.job import Job
+from models.reward import RewardModel, save_reward_model
+from models.tokenizer import Tokenizer
+from models.transformer import Transformer
+
+BODIES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+WORDS = ["hello", "there", "how", "are", "you", "I", "am", "fine", "thank", "what", "do", "like", "to", "eat"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL in a stage that runs in the test's own process."""
+
+
+def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """What SFT, reward model and PPO read. The pretrained model and the SFT model are `model`."""
+    rng = random.Random(0)
+
+    def sentence(count: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(count))
+
+    for stage in ("pretrain", "sft"):
+        save_model(model, root / "artifacts" / stage / "model", tokenizer)
+    judge = RewardModel(model).initialize(torch.Generator().manual_seed(7))
+    save_reward_model(judge, root / "artifacts/reward/model", tokenizer, "card")
+    chats = [
+        [{"role": "user", "content": sentence(2)}, {"role": "assistant", "content": sentence(rng.randrange(1, 5))}]
+        for _ in range(24)
+    ]
+    out = root / "artifacts/tokenize"
+    out.mkdir(parents=True)
+    np.save(out / "pretrain.train.npy", text_stream(tokenizer, [sentence(20) for _ in range(20)]))
+    for split, rows in (("train", chats), ("heldout", chats[:6])):
+        conversations(tokenizer, rows, 48)[0].save(out / f"sft.{split}.npz")
+    prompts(tokenizer, [chat[:1] for chat in chats], 24)[0].save(out / "prompts.train.npz")
+
+
+def run_stage(
+    root: Path, stage: str, where: Path, params: Mapping[str, Any], killed_after: int | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Run a stage with `where` as its work folder and output; returns the output and the events.
+
+    With killed_after it ends by Killed once so many steps are reported.
+    """
+    events: list[dict[str, Any]] = []
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append(json.loads(json.dumps(event)))
+        if killed_after is not None and event.get("step") == killed_after:
+            raise Killed
+
+    deps = ("artifacts/pretrain", "artifacts/sft", "artifacts/reward", "artifacts/tokenize", "artifacts/snapshot")
+    output = where / "output"
+    output.mkdir(parents=True, exist_ok=True)
+    BODIES[stage](Job(stage, root, deps, output, where, {"seed": 3, **params}, emit=emit))
+    return output, events

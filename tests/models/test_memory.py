@@ -1,0 +1,46 @@
+"""A batch that does not fit is told before the first step, with its sizes and what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models.memory import peak_memory, rehearse
+
+HUNGRY = """
+import resource, torch
+from torch import nn
+from models.memory import rehearse
+model = nn.Linear(64, 64)
+resource.setrlimit(resource.RLIMIT_AS, (3_000_000_000, 3_000_000_000))
+rehearse(model, lambda: model(torch.ones(20_000_000, 64)).sum(), "sft: 32 conversations of 9,000 tokens", "lower sft.batch_size")
+"""
+
+
+def test_what_does_not_fit_names_sizes_memory_and_remedy() -> None:
+    command = [sys.executable, "-c", HUNGRY]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "MemoryError: sft: 32 conversations of 9,000 tokens with a model of 0.0 M parameters does not fit into the 3.0 GB that "
+        "this process may use (its limit on address space): lower sft.batch_size"
+    )
+
+
+def test_a_rehearsal_leaves_weights_and_gradients_as_they_were() -> None:
+    model = nn.Linear(8, 8)
+    before = model.weight.detach().clone()
+    tried = rehearse(model, lambda: model(torch.ones(4, 8)).sum(), "a batch", "none")
+    assert model.weight.grad is None and torch.equal(model.weight, before)
+    assert tried.seconds > 0 and tried.memory == pytest.approx(peak_memory("cpu"), rel=0.1)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    model = nn.Linear(8, 8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        rehearse(model, lambda: model(torch.ones(4, 9)).sum(), "a batch", "none")
