@@ -16,12 +16,12 @@ import argparse
 import datetime
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,25 +145,24 @@ def run(python: Path | str, module: str, *arguments: str | Path) -> dict[str, An
         return found
 
 
-def workspace(size: str, stop: float) -> Path:
-    """The folder that both sides read, made anew: `stop` is the probability that an answer ends at a step."""
-    folder = CHECKOUT / ".thumbwheel" / "races" / f"{size}-{stop:g}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.races.prepare", size, str(folder), str(stop)]
-    subprocess.run(command, cwd=CHECKOUT, env=environment(), check=True)
-    return folder
+@contextmanager
+def workspace(size: str, stop: float) -> Iterator[Path]:
+    """A folder that both sides read, made anew: `stop` is the probability that an answer ends at a step."""
+    with tempfile.TemporaryDirectory(prefix="race-") as folder:
+        command = [sys.executable, "-m", "benchmarks.races.prepare", size, folder, str(stop)]
+        subprocess.run(command, cwd=CHECKOUT, env=environment(), check=True)
+        yield Path(folder)
 
 
 def race(row: Row, size: str, pairs: int) -> dict[str, Any]:
     """Run a row: ours, peer, ours, peer, … Returns its record."""
-    folder = workspace(size, row.stop)
     peer = python_of(row.environment)
     limits = run(sys.executable, "limits", 4 * work.SHAPES[size].weights)
     ours, theirs = [], []
-    for _ in range(pairs):
-        ours.append(run(sys.executable, "ours", row.ours, size, folder))
-        theirs.append(run(peer, row.peer[0], row.peer[1], size, folder))
+    with workspace(size, row.stop) as folder:
+        for _ in range(pairs):
+            ours.append(run(sys.executable, "ours", row.ours, size, folder))
+            theirs.append(run(peer, row.peer[0], row.peer[1], size, folder))
     return {
         "row": row.name,
         "size": size,
