@@ -29,8 +29,8 @@ Ours and a peer do the same work on the same machine in turns (ours, peer, ours,
 torch thread. A rate is work per CPU second, user and system of the whole process, between the end of the warm-up and the
 end of the last step: on a machine that others use too, CPU seconds say what wall time does not. Busy neighbours still cost
 cache and memory bandwidth, so trust the ratios of pairs before the rates. The ratio is the median of the pairs' ratios,
-with the lowest and the highest. Bars are ratios: what the project asks of itself, and what it aims at. They were set on
-another processor, with AVX-512 and about twice this one's arithmetic; see the note on the limits."""
+with the lowest and the highest. Bars are ratios: what the project asks of itself, and what it aims at. They were set by
+measurements on another processor (AVX-512, 160 GFLOP/s a thread)."""
 
 SAME = """## What is alike and what is not
 
