@@ -13,7 +13,7 @@ unexport UV_FIND_LINKS
 endif
 export DO_NOT_TRACK = true
 
-.PHONY: demo test up down status lint format types contracts check lock clean
+.PHONY: demo test up down status lint format types contracts check bench lock clean
 
 demo: $(VENV)/.ok  ## install, then run the main job
 	$(BIN)/thumbwheel demo
@@ -45,6 +45,10 @@ contracts: $(VENV)/.ok
 	$(BIN)/lint-imports
 
 check: lint types contracts test
+
+bench: $(VENV)/.ok  ## race against transformers and TRL at 1 M parameters: an hour or two, then docs/benchmarks.md
+	$(BIN)/python -m benchmarks.speed || true
+	$(BIN)/python -m benchmarks.speed_page
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0'
