@@ -1,4 +1,4 @@
-"""The four training stages as child processes: they end, they resume bit for bit after a kill, they outlive nobody."""
+"""The training stages as child processes: they end, they resume bit for bit after a kill, they outlive nobody."""
 
 from __future__ import annotations
 
@@ -56,12 +56,18 @@ PARAMS: dict[str, Any] = {
         "iterations": 12, "batch_size": 8, "max_new_tokens": 6, "ptx_batch_size": 2, "ptx_conversations": 4,
         "checkpoint_every": CHECKPOINT, "log_every": 1,
     },
+    **{method: {
+        "epochs": 3, "batch_size": 2, "ptx_batch_size": 2, "ptx_conversations": 4, "samples": 8, "max_new_tokens": 6,
+        "checkpoint_every": CHECKPOINT, "log_every": 1,
+    } for method in ("dpo", "kto")},
 }  # fmt: skip
 DEPS = {
     "pretrain": ["artifacts/tokenize"],
     "sft": ["artifacts/pretrain/model", "artifacts/tokenize"],
     "reward": ["artifacts/sft/model", "artifacts/snapshot"],
     "ppo": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize"],
+    "dpo": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/snapshot", "artifacts/tokenize"],
+    "kto": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/snapshot", "artifacts/tokenize"],
 }
 SECTIONS = {"pretrain": ["seed", "model", "pretrain"], "sft": ["seed", "sft"], "reward": ["seed", "reward"]}
 
@@ -170,6 +176,14 @@ def test_figures_of_each_stage(workspace: Path) -> None:
     header = (workspace / "artifacts/ppo/curves.csv").read_text().splitlines()[0].split(",")
     assert header[0] == "step"
     assert {"objective/kl", "reward/score", "policy/clip_fraction"} <= set(header)
+    assert rows["kto"]["elements"] == 40
+    thumbs = [json.loads(line) for line in (workspace / "artifacts/snapshot/opinions.train.jsonl").open()]
+    opposite = [one for one, other in zip(thumbs[::2], thumbs[1::2], strict=True) if one["value"] != other["value"]]
+    assert rows["dpo"]["elements"] == len(opposite) > 0
+    for method in ("dpo", "kto"):
+        assert {"objective_kl", "reward_probability", "pair_accuracy"} <= set(rows[method])
+        header = (workspace / f"artifacts/{method}/curves.csv").read_text().splitlines()[0].split(",")
+        assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracy", "ptx_loss"} <= set(header)
 
 
 @pytest.mark.fault
