@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.job import Job
 from models.opinions import Rated
-from models.preference import Answers, PreferenceOptions, find_pairs, train
+from models.preference import Answers, PreferenceOptions, find_pairs, learn
 from models.transformer import Transformer
 
 
@@ -80,4 +80,4 @@ class Comparisons:
 def run(job: Job) -> dict[str, Any]:
     """The stage body: SFT model, snapshot → model/, metrics.json, curves.csv."""
     options = job.options("dpo", DPOOptions)
-    return train(job, "dpo", options, lambda reference, opinions: Comparisons(reference, opinions, options))
+    return learn(job, "dpo", options, lambda reference, opinions: Comparisons(reference, opinions, options))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.job import Job
 from models.opinions import Rated
-from models.preference import Answers, PreferenceOptions, train
+from models.preference import Answers, PreferenceOptions, learn
 from models.training import stream
 from models.transformer import Transformer
 
@@ -117,4 +117,4 @@ def mismatched(sizes: Sequence[int], draw: np.random.Generator) -> list[int]:
 def run(job: Job) -> dict[str, Any]:
     """The stage body: SFT model, snapshot → model/, metrics.json, curves.csv."""
     options = job.options("kto", KTOOptions)
-    return train(job, "kto", options, lambda reference, opinions: Thumbs(reference, opinions, options, job.seed))
+    return learn(job, "kto", options, lambda reference, opinions: Thumbs(reference, opinions, options, job.seed))

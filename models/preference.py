@@ -156,10 +156,20 @@ def keep_language(
     return total
 
 
+def check_ptx(name: str, options: PreferenceOptions, tokens: int, conversations: int, window: int) -> None:
+    """Raises ValueError, with the section's `name`, when there is less text to keep in mind than one draw takes."""
+    if options.ptx_batch_size and tokens <= window:
+        raise ValueError(
+            f"{name}.ptx_batch_size draws windows of {window + 1} tokens of pretraining text, there are {tokens}: set it to 0"
+        )
+    if options.ptx_conversations and not conversations:
+        raise ValueError(f"{name}.ptx_conversations draws SFT conversations, there are none: set it to 0")
+
+
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
-def train(
+def learn(
     job: Job, name: str, options: PreferenceOptions, prepare: Callable[[Transformer, Sequence[Rated]], Method]
 ) -> dict[str, Any]:
     """The body of the stages dpo and kto: SFT model, opinions → model/, metrics.json, curves.csv.
@@ -171,7 +181,11 @@ def train(
     tokenizer, policy = Tokenizer.load(base), load_model(base, job.device)
     tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
     chats = Sequences.load(folder / "sft.train.npz")
-    method = prepare(policy, read_opinions(snapshot / "opinions.train.jsonl"))
+    size, context = policy.config.vocab_size, policy.config.context_length
+    train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
+    if options.ptx_coefficient:
+        check_ptx(name, options, len(tokens), len(chats), policy.config.text_window)
+    method = prepare(policy, train)
     lora = job.options("lora", LoraOptions)
     learned = what_learns(policy, lora, torch_generator(job.seed, "lora", name))
     optimizer = Optimizer(policy, betas=(0.9, 0.95), eps=1e-5)
@@ -209,7 +223,7 @@ def train(
     policy.eval()
     reference = load_model(base, job.device)
     metrics: dict[str, Any] = {"elements": len(method), "skipped_steps": training.skipped}
-    metrics |= heldout_pairs(policy, reference, read_opinions(snapshot / "opinions.heldout.jsonl"))
+    metrics |= heldout_pairs(policy, reference, heldout)
     prompts = Sequences.load(folder / "prompts.train.npz")
     metrics |= sample(policy, reference, load_reward_model(rewarder, job.device), prompts, tokenizer, options, job.seed)
     card = (

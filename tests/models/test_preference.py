@@ -15,7 +15,15 @@ from models.dpo import Comparisons, DPOOptions, dpo_loss
 from models.job import Job
 from models.kto import KTOOptions, Thumbs, balanced_weights, kl_of, kto_loss, mismatched
 from models.opinions import Preference, Rated
-from models.preference import Answers, PreferenceOptions, answer_logprobs, find_pairs, heldout_pairs, keep_language
+from models.preference import (
+    Answers,
+    PreferenceOptions,
+    answer_logprobs,
+    check_ptx,
+    find_pairs,
+    heldout_pairs,
+    keep_language,
+)
 from models.rollout import sequence_logprobs
 from models.transformer import Transformer, dense_layout
 
@@ -232,6 +240,14 @@ def test_the_language_modelling_gradient_is_added_times_its_coefficient(model: T
     one = gradient(1.0)
     assert one.abs().max() > 0
     torch.testing.assert_close(gradient(0.25, before=7.0), 7.0 + 0.25 * one, atol=1e-5, rtol=1e-5)
+
+
+def test_too_little_text_for_the_language_is_told_by_name() -> None:
+    check_ptx("dpo", PreferenceOptions(), 98, 1, 97)
+    with pytest.raises(ValueError, match=r"dpo.ptx_batch_size draws windows of 97 tokens .* there are 96: set it to 0"):
+        check_ptx("dpo", PreferenceOptions(), 96, 1, 96)
+    with pytest.raises(ValueError, match=r"kto.ptx_conversations draws SFT conversations, there are none"):
+        check_ptx("kto", PreferenceOptions(), 98, 0, 97)
 
 
 def test_accuracy_on_heldout_pairs_counts_what_the_log_ratios_order_rightly(model: Transformer) -> None:
