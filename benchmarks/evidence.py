@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows import settings
+from flows import code_deps, settings
 from flows.figures import Interval, pooled_paired_bootstrap
 from flows.files import write_text
-from flows.values import yaml
+from flows.pipeline import METHODS
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PREFIXES = ("THUMBWHEEL_", "PREFECT_", "MLFLOW_", "DVC_")
@@ -128,8 +128,8 @@ def prepare(root: Path, cache: Path, seed: int, preset: str = "") -> None:
 
 def identity(root: Path) -> str:
     """A hash of what decides the figures: parameters, the data's hash, the stages and their source files."""
-    stages = yaml().load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-    code = {dep for stage in stages for dep in stage["deps"] if dep.endswith(".py")}
+    others = {method for method in METHODS if method != settings.load(root).align.method}
+    code = {path for stage, paths in code_deps.declared(root).items() if stage not in others for path in paths}
     names = sorted({"params.yaml", "data.dvc", "dvc.yaml", "flows/rater.py", *code})
     hashes = [
         (name, hashlib.sha256((root / name).read_bytes()).hexdigest()) for name in names if (root / name).exists()

@@ -1,7 +1,8 @@
 """The flow `align`: the whole wheel, from the data to a judged and perhaps promoted model.
 
 data → curate → validate → tokenize → pretrain → SFT → (the first time the SFT model becomes the champion, is served, and
-the simulated rater asks it) → snapshot → reward model → PPO → judge → promotion. What is up to date is not run again.
+the simulated rater asks it) → snapshot → reward model → PPO (or DPO or KTO) → judge → promotion. What is up to
+date is not run again.
 """
 
 from __future__ import annotations

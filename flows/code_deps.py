@@ -10,11 +10,14 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flows.files import write_text
+from flows.pipeline import METHODS, entry
 from flows.stage import STAGES
 from flows.values import yaml
 
+ITEM = "${item}"
 ROOMS = ("flows", "models", "feedback")
 
 
@@ -83,14 +86,30 @@ def _is_bare(path: Path) -> bool:
 
 
 def expected(root: Path) -> dict[str, list[str]]:
-    """Every stage with the source files that its dvc.yaml entry should name."""
-    return {name: import_closure(root, body.module) for name, body in STAGES.items()}
+    """Every stage with the source files that its dvc.yaml entry should name.
+
+    The methods have one entry, with ITEM for the method's name: each names its own file, and all that any of them imports.
+    """
+    found = {name: import_closure(root, body.module) for name, body in STAGES.items()}
+    own = {name: f"models/{name}.py" for name in METHODS}
+    shared = {path for name in METHODS for path in found[name]} - set(own.values())
+    return found | {name: sorted([*shared, own[name]]) for name in METHODS}
 
 
 def declared(root: Path) -> dict[str, list[str]]:
     """Every stage of dvc.yaml with the source files that it names."""
-    stages = yaml().load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return {name: sorted(dep for dep in stage["deps"] if dep.endswith(".py")) for name, stage in stages.items()}
+    document = yaml().load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    return {
+        name: sorted(dep.replace(ITEM, name) for dep in _deps(document, name) if dep.endswith(".py")) for name in STAGES
+    }
+
+
+def _deps(document: Any, name: str) -> Any:
+    """The list of a stage's deps in dvc.yaml, to read or to change; [] for a stage that it lacks."""
+    stages = document["stages"]
+    if name in METHODS:
+        return stages.get(entry(name).split("@")[0], {}).get("do", {}).get("deps", [])
+    return stages.get(name, {}).get("deps", [])
 
 
 def write(root: Path) -> None:
@@ -98,10 +117,11 @@ def write(root: Path) -> None:
     path = root / "dvc.yaml"
     document = yaml().load(path.read_text(encoding="utf-8"))
     for name, files in expected(root).items():
-        deps = document["stages"][name]["deps"]
+        deps = _deps(document, name)
         for dep in [dep for dep in deps if dep.endswith(".py")]:
             deps.remove(dep)
-        deps.extend(files)
+        own = f"models/{name}.py" if name in METHODS else None
+        deps.extend(f"models/{ITEM}.py" if path == own else path for path in files)
     text = io.StringIO()
     yaml().dump(document, text)
     if text.getvalue() != path.read_text(encoding="utf-8"):

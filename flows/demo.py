@@ -20,10 +20,7 @@ from flows import servers, summary
 from flows.timeline import Display, Follower, Progress, read_durations, write_durations
 from flows.turn import outcome_path
 
-STAGES = [
-    *("servers", "ingest", "curate", "validate", "tokenize", "pretrain", "sft"),
-    *("opinions", "snapshot", "reward", "ppo", "judge", "promote"),
-]
+BEFORE = ("servers", "ingest", "curate", "validate", "tokenize", "pretrain", "sft", "opinions", "snapshot", "reward")
 LOG = "align"
 
 
@@ -119,8 +116,9 @@ def run(root: Path, keep: bool, console: Console) -> int:
 def _turn(root: Path, owner: str, console: Console, memory: Memory) -> str:
     """Servers and flow together, with what a person sees of it. Returns what went wrong, "" when nothing did."""
     durations = servers.state_folder(root) / "durations.json"
-    progress = Progress(STAGES, read_durations(durations))
-    progress.assume_unchanged(name for name in STAGES if (root / "artifacts" / name).exists())
+    stages = [*BEFORE, summary.method(root), "judge", "promote"]
+    progress = Progress(stages, read_durations(durations))
+    progress.assume_unchanged(name for name in stages if (root / "artifacts" / name).exists())
     events.path(root).parent.mkdir(parents=True, exist_ok=True)
     follower = Follower(events.path(root))
     outcome_path(root).unlink(missing_ok=True)

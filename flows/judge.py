@@ -110,7 +110,10 @@ def run(job: Job) -> dict[str, Any]:
     contenders = find_contenders(job)
     sft, candidate = contenders["sft"], contenders["candidate"]
     if not candidate.speaks_as(sft):
-        raise ValueError("artifacts/ppo/model and artifacts/sft/model have different tokenizers: run ppo again")
+        stage = method_of(job)
+        raise ValueError(
+            f"artifacts/{stage}/model and artifacts/sft/model have different tokenizers: run {stage} again"
+        )
     prompts = read_prompts(job.input("artifacts/curate") / "prompts.report.jsonl", job.seed)
     prompts = fitting(prompts, list(contenders.values()), options.max_new_tokens)[: options.prompts]
     if len(prompts) < 2:
@@ -123,7 +126,8 @@ def run(job: Job) -> dict[str, Any]:
         judged[role] = same[0] if same else judge(contenders[role], sft, prompts, heldout, options, language, job.seed)
         job.log(step, len(ROLES), {f"{role}/thumbs_up_rate": float(np.mean(judged[role].thumbs))})
 
-    report = make_report(judged, seed=job.seed, language=language, resamples=options.bootstrap)
+    made = make_report(judged, seed=job.seed, language=language, resamples=options.bootstrap)
+    report: dict[str, Any] = {"method": method_of(job), **made}
     decision = decide(report, limits)
     report["gate"] = decision.as_dict()
     base = Contender(job.input("artifacts/pretrain/model"), job.device)
@@ -144,6 +148,11 @@ def run(job: Job) -> dict[str, Any]:
 # ---------------------------------------------------------------- who, and on what
 
 
+def method_of(job: Job) -> str:
+    """The stage that made the candidate (params.yaml: align.method)."""
+    return str(job.params.get("align", {}).get("method", "ppo"))
+
+
 def find_contenders(job: Job) -> dict[str, Contender]:
     """SFT, champion and candidate. Raises ValueError when champion.json does not name the weights at its path."""
     named = json.loads(job.input("champion.json").read_text(encoding="utf-8"))
@@ -159,7 +168,7 @@ def find_contenders(job: Job) -> dict[str, Contender]:
     return {
         "sft": Contender(job.input("artifacts/sft/model"), job.device),
         "champion_before": champion,
-        "candidate": Contender(job.input("artifacts/ppo/model"), job.device),
+        "candidate": Contender(job.input(f"artifacts/{method_of(job)}/model"), job.device),
     }
 
 
@@ -402,7 +411,7 @@ def write_answers(folder: Path, prompts: Sequence[Prompt], judged: dict[str, Jud
 def write_samples(
     folder: Path, prompts: Sequence[Prompt], base: Contender, judged: dict[str, Judged], options: JudgeOptions
 ) -> None:
-    """samples.jsonl: the first prompts answered by base, SFT and PPO model, side by side.
+    """samples.jsonl: the first prompts answered by base, SFT model and candidate, side by side.
 
     The base model has seen no chat template, so it continues the prompt as plain text, up to the first end of a line.
     """
@@ -425,6 +434,6 @@ def write_samples(
                 "prompt": prompt.text,
                 "base": text.splitlines()[0] if text else "",
                 "sft": judged["sft"].texts[i],
-                "ppo": judged["candidate"].texts[i],
+                "candidate": judged["candidate"].texts[i],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

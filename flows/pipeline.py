@@ -15,6 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+METHODS = (
+    "ppo",
+    "dpo",
+    "kto",
+)  # what may follow the snapshot; dvc.yaml's `policy` is the one that align.method chooses
+_GROUP = "policy"
 _LOCK_SECONDS = 600.0
 _mutex = threading.RLock()
 Result = TypeVar("Result")
@@ -105,6 +111,16 @@ def hash_outs(root: Path, name: str) -> dict[str, str]:
     return _locked(work)
 
 
+def entry(name: str) -> str:
+    """The name of a stage in dvc.yaml and to DVC's commands: a method's is an entry of a group (policy@ppo)."""
+    return f"{_GROUP}@{name}" if name in METHODS else name
+
+
+def plain_name(name: str) -> str:
+    """The inverse of entry."""
+    return name.removeprefix(f"{_GROUP}@")
+
+
 @contextmanager
 def _stage(root: Path, name: str) -> Iterator[tuple[Any, Any]]:
     from dvc.exceptions import DvcException
@@ -113,8 +129,13 @@ def _stage(root: Path, name: str) -> Iterator[tuple[Any, Any]]:
     logging.getLogger("dvc").setLevel(logging.WARNING)  # it announces every write of dvc.lock
     with Repo(str(root)) as repo, repo.lock:
         try:
-            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=entry(name))
         except DvcException as error:
+            if name in METHODS:
+                raise PipelineError(
+                    f"stage {name} is not what align.method in params.yaml chooses: "
+                    f"`thumbwheel config --set align.method={name} --write` does"
+                ) from error
             raise PipelineError(f"dvc.yaml: {error}") from error
         yield repo, stage
 
@@ -137,7 +158,7 @@ def _check_deps(stage: Any) -> None:
     for dep in stage.deps:
         if not dep.exists:
             raise PipelineError(
-                f"stage {stage.name} needs {dep.def_path}, which is missing: run the stage that makes it first"
+                f"stage {plain_name(stage.name)} needs {dep.def_path}, which is missing: run the stage that makes it first"
             )
 
 
@@ -173,7 +194,7 @@ def _describe(stage: Any, how: str) -> Look:
             deps[dep.def_path] = str(dep.hash_info.value)
     saved = [(dep.hash_info, getattr(dep, "meta", None)) for dep in stage.deps]
     outs = tuple(out.def_path for out in stage.outs)
-    return Look(stage.name, how, deps, params, outs, _hashes(stage.outs), saved)
+    return Look(plain_name(stage.name), how, deps, params, outs, _hashes(stage.outs), saved)
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

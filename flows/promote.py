@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flows.record import Records
 
 MODELS = ".thumbwheel/models"
-SFT, CANDIDATE = "artifacts/sft/model", "artifacts/ppo/model"
+SFT = "artifacts/sft/model"
 log = logging.getLogger("thumbwheel.promote")
 
 
@@ -53,12 +53,14 @@ def promote_candidate(root: Path, store: Store, report: Mapping[str, Any], recor
     """
     from flows import settings
 
-    candidate = str(report["candidate"]["model_hash"])
-    if (found := model_hash(root / CANDIDATE)) != candidate:
+    params, candidate = settings.load(root), str(report["candidate"]["model_hash"])
+    folder = root / params.candidate
+    if (found := model_hash(folder)) != candidate:
         raise ValueError(
-            f"artifacts/judge/report.json is about {candidate[:12]}, but {CANDIDATE} holds {found[:12]}: run stage judge"
+            f"artifacts/judge/report.json is about {candidate[:12]}, but {params.candidate} holds {found[:12]}: "
+            "run stage judge"
         )
-    decision, reigning = decide(report, settings.load(root).gate), store.champion()
+    decision, reigning = decide(report, params.gate), store.champion()
     if reigning is not None and reigning.model_hash == candidate:
         mirror(store, records)
         return outcome("reigns", reigning, decision.reasons)
@@ -70,7 +72,7 @@ def promote_candidate(root: Path, store: Store, report: Mapping[str, Any], recor
         return outcome("keep", reigning, reasons)
     row = store.promote(
         model_hash=candidate,
-        model_path=keep_model(root, root / CANDIDATE, candidate),
+        model_path=keep_model(root, folder, candidate),
         figures={**numbers(report), **origin(root, records, candidate)},
         reason=decision.checks[1].text,
         expected_champion=str(report["champion_before"]["model_hash"]),

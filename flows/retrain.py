@@ -30,7 +30,7 @@ CHAMPION = "champion.json"
 
 @flow(name="retrain", validate_parameters=True)
 def retrain(preset: Preset = None, overrides: Overrides = None) -> Any:
-    """Snapshot, reward model, PPO, judge, promotion, on all batches so far, when one of them is open.
+    """Snapshot, reward model, PPO (or DPO or KTO), judge, promotion, on all batches so far, when one of them is open.
 
     preset, overrides: changed parameters, written into params.yaml first. With no open batch there is nothing to do.
     """
@@ -51,7 +51,7 @@ def learn(run: FlowRun, store: Store) -> dict[str, Any]:
     run.stage("snapshot")
     check_tokenizer(run.root)
     run.stage("reward")
-    run.stage("ppo")
+    run.stage(run.params.align.method)
     name_champion(run, store)
     run.stage("judge")
     decision = run.step("promote", lambda emit: promote(run, store))
@@ -86,7 +86,7 @@ def name_champion(run: FlowRun, store: Store) -> None:
     """
     from models.checkpoint import model_hash
 
-    candidate, reigning = model_hash(run.root / "artifacts/ppo/model"), store.champion()
+    candidate, reigning = model_hash(run.root / run.params.candidate), store.champion()
     if reigning is None:
         raise RuntimeError("no model has been promoted yet: run the flow align first")
     if reigning.model_hash == candidate:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -24,6 +24,8 @@ from flows.tokenize import TokenizeOptions
 from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
 from models.base import ModelSection, base_hash
+from models.dpo import DPOOptions
+from models.kto import KTOOptions
 from models.lora import LoraOptions
 from models.ppo import PPOOptions
 from models.pretrain import PretrainOptions
@@ -61,6 +63,13 @@ class BellOptions:
             raise ValueError("max_wait_seconds must be at least 1")
 
 
+@dataclass(frozen=True)
+class AlignOptions:
+    """How the SFT model learns from opinions: ppo, against a reward model; dpo, from pairs; kto, from lone thumbs."""
+
+    method: Literal["ppo", "dpo", "kto"] = "ppo"
+
+
 class Params(BaseModel):
     """The whole of params.yaml. Its defaults are the preset `tiny`; the file states every value."""
 
@@ -78,10 +87,18 @@ class Params(BaseModel):
     rater: RaterOptions = RaterOptions()
     snapshot: SnapshotOptions = SnapshotOptions()
     reward: RewardOptions = RewardOptions()
+    align: AlignOptions = AlignOptions()
     ppo: PPOOptions = PPOOptions()
+    dpo: DPOOptions = DPOOptions()
+    kto: KTOOptions = KTOOptions()
     judge: JudgeOptions = JudgeOptions()
     gate: GateOptions = GateOptions()
     bell: BellOptions = BellOptions()
+
+    @property
+    def candidate(self) -> str:
+        """The folder of the model that the chosen method makes, relative to the workspace."""
+        return f"artifacts/{self.align.method}/model"
 
     def plain(self) -> dict[str, Any]:
         """The values as they stand in params.yaml: dicts, lists, numbers, strings."""

@@ -53,9 +53,11 @@ STAGES: dict[str, Body] = {
     "snapshot": Body("flows.snapshot"),
     "reward": Body("models.reward", TRAINING),
     "ppo": Body("models.ppo", TRAINING),
+    "dpo": Body("models.dpo", TRAINING),
+    "kto": Body("models.kto", TRAINING),
     "judge": Body("flows.judge"),
 }
-VERSIONED = ("sft", "ppo")  # whose models answer people, so MLflow's registry lists them
+VERSIONED = ("sft", *pipeline.METHODS)  # whose models answer people, so MLflow's registry lists them
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,7 @@ def main(name: str, *, stages: Mapping[str, Body] = STAGES) -> int:
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)  # so that the child is ended and the record closed
     where = environment()
-    if os.environ.get("DVC_STAGE", "").split(":")[-1] != name:
+    if os.environ.get("DVC_STAGE", "").split(":")[-1] != pipeline.entry(name):
         result = run_stage(name, root=where.root, stages=stages)
         print(f"{name}: {result.how} in {result.seconds:.1f} s")
         return 0

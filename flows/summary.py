@@ -12,20 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import servers
+from flows.values import read_document
 
-ORDER = ("curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward", "ppo", "judge")
+BEFORE = ("curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward")
 SHOWN_PROMPTS = 6
-MODELS = (("sft", "SFT"), ("champion_before", "champion before"), ("candidate", "candidate (PPO)"))
+MODELS = (("sft", "SFT"), ("champion_before", "champion before"), ("candidate", "candidate"))
 
 
 def left_to_do(root: Path) -> str:
     """One sentence from what stands in artifacts/; whether it is still current is for DVC to say, stage by stage."""
-    missing = [stage for stage in ORDER if not (root / "artifacts" / stage).exists()]
-    if len(missing) == len(ORDER):
+    order = (*BEFORE, method(root), "judge")
+    missing = [stage for stage in order if not (root / "artifacts" / stage).exists()]
+    if len(missing) == len(order):
         return "First turn of the wheel: every stage has to run."
     if missing:
         return f"Going on: {', '.join(missing)} have not been made yet; the others are looked at."
     return "Every stage has been made before: what did not change is not run again."
+
+
+def method(root: Path) -> str:
+    """The stage that makes the candidate (params.yaml: align.method, read without the training code's options)."""
+    return str(read_document(root / "params.yaml").get("align", {}).get("method", "ppo"))
 
 
 def report_path(root: Path) -> Path:
@@ -45,7 +52,7 @@ def show(root: Path, console: Console) -> None:
     samples = root / "artifacts" / "judge" / "samples.jsonl"
     answers = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()[:SHOWN_PROMPTS]]
     console.print()
-    console.print(answers_table(answers))
+    console.print(answers_table(answers, report["method"].upper()))
 
 
 def judge_table(report: Mapping[str, Any]) -> Table:
@@ -53,7 +60,8 @@ def judge_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"The judge, on {report['prompts']} prompts nobody trained on (seed {report['seed']})")
     table.add_column("figure")
     for _, title in MODELS:
-        table.add_column(title, justify="right")
+        named = f"{title} ({report['method'].upper()})" if title == "candidate" else title
+        table.add_column(named, justify="right")
     names = [key for key in report["candidate"] if _shown(report["candidate"], key)]
     for name in names:
         table.add_row(name.replace("_", " "), *(_cell(report.get(model) or {}, name) for model, _ in MODELS))
@@ -73,13 +81,13 @@ def _cell(figures: Mapping[str, Any], name: str) -> str:
     return (f"{value:.3f}" if isinstance(value, float) else str(value)) + interval
 
 
-def answers_table(answers: list[dict[str, str]]) -> Table:
-    """The same prompts, answered by the base, the SFT and the PPO model."""
+def answers_table(answers: list[dict[str, str]], method: str) -> Table:
+    """The same prompts, answered by the base, the SFT model and the candidate, which `method` made."""
     table = Table(title="The same prompts, before and after", show_lines=True)
-    for title in ("prompt", "base", "SFT", "PPO"):
+    for title in ("prompt", "base", "SFT", method):
         table.add_column(title, overflow="fold", ratio=1)
     for row in answers:
-        table.add_row(*(Text(row[name]) for name in ("prompt", "base", "sft", "ppo")))
+        table.add_row(*(Text(row[name]) for name in ("prompt", "base", "sft", "candidate")))
     return table
 
 
@@ -88,7 +96,7 @@ def where_to_look(root: Path, kept: bool, console: Console) -> None:
     found = [
         ("the judge's report", report_path(root)),
         ("the data gate's page", root / "artifacts" / "validate" / "report.html"),
-        ("the candidate", root / "artifacts" / "ppo" / "model"),
+        ("the candidate", root / "artifacts" / method(root) / "model"),
         ("logs", servers.state_folder(root) / "logs"),
     ]
     console.print("\nWhere to look", style="bold")

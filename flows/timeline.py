@@ -29,6 +29,8 @@ TYPICAL_SECONDS = {
     "snapshot": 3.0,
     "reward": 20.0,
     "ppo": 90.0,
+    "dpo": 45.0,
+    "kto": 60.0,
     "judge": 30.0,
     "promote": 3.0,
 }

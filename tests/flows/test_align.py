@@ -19,8 +19,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 COPIED = ("flows", "models", "feedback", ".dvc", ".dvcignore", "dvc.yaml", "params.yaml", "data.dvc", "pyproject.toml")
-STAGES = ["curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward", "ppo", "judge"]
+BEFORE = ["curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward"]
+STAGES = [*BEFORE, "ppo", "judge"]
 PARAMETERS = {"preset": "micro", "overrides": {"ppo.iterations": 8, "ppo": {"checkpoint_every": 2}}}
+DVC_AGREES = (
+    "from dvc.repo import Repo\nwith Repo('.') as repo: assert repo.status() == {}; assert repo.reproduce() == []"
+)
 SERVERS = "import sys; from pathlib import Path; from flows import servers; servers.{}(Path.cwd())"
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault, pytest.mark.timeout(1200)]
@@ -80,7 +84,9 @@ class Checkout:
 
     def states(self, since: int = 0) -> dict[str, str]:
         """How each stage of dvc.yaml ended, from event number `since` on."""
-        told = [event for event in self.events()[since:] if event["event"] == "stage" and event["stage"] in STAGES]
+        told = [
+            event for event in self.events()[since:] if event["event"] == "stage" and event["stage"] in {*STAGES, "kto"}
+        ]
         return {event["stage"]: event["state"] for event in told}
 
     def mlflow(self) -> list[Any]:
@@ -136,7 +142,7 @@ def test_killed_in_ppo_the_wheel_goes_on_and_turns_to_its_end(checkout: Checkout
     assert checkout.drive("align", {})["type"] == "COMPLETED"
 
     assert checkout.states(before) == {
-        **dict.fromkeys(["curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward"], "unchanged"),
+        **dict.fromkeys(BEFORE, "unchanged"),
         "ppo": "finished",
         "judge": "finished",
     }
@@ -164,10 +170,7 @@ def test_a_second_turn_runs_nothing_and_dvc_agrees(checkout: Checkout) -> None:
     before = len(checkout.events())
     assert checkout.drive("align", {})["type"] == "COMPLETED"
     assert checkout.states(before) == dict.fromkeys(STAGES, "unchanged")
-    code = (
-        "from dvc.repo import Repo\nwith Repo('.') as repo: assert repo.status() == {}; assert repo.reproduce() == []"
-    )
-    assert checkout.python("-c", code).wait(100) == 0
+    assert checkout.python("-c", DVC_AGREES).wait(100) == 0
 
 
 def test_one_changed_ppo_parameter_reruns_ppo_and_judge_only(checkout: Checkout) -> None:
@@ -176,6 +179,19 @@ def test_one_changed_ppo_parameter_reruns_ppo_and_judge_only(checkout: Checkout)
     ran = {stage for stage, state in checkout.states(before).items() if state == "finished"}
     assert ran == {"ppo", "judge"}
     assert "iterations: 3" in (checkout.root / "params.yaml").read_text()
+
+
+def test_another_method_reruns_itself_and_the_judge_and_the_way_back_is_kept(checkout: Checkout) -> None:
+    ppo, before = checkout.weights("ppo"), len(checkout.events())
+    assert checkout.drive("align", {"overrides": {"align": {"method": "kto"}}})["type"] == "COMPLETED"
+    assert checkout.states(before) == {**dict.fromkeys(BEFORE, "unchanged"), "kto": "finished", "judge": "finished"}
+    report = json.loads((checkout.root / "artifacts/judge/report.json").read_text())
+    assert (report["method"], report["candidate"]["model_hash"]) == ("kto", checkout.weights("kto"))
+    assert checkout.python("-c", DVC_AGREES).wait(100) == 0
+    before = len(checkout.events())
+    assert checkout.drive("align", {"overrides": {"align.method": "ppo"}})["type"] == "COMPLETED"
+    assert checkout.states(before)["ppo"] == "unchanged" and "kto" not in checkout.states(before)
+    assert checkout.weights("ppo") == ppo
 
 
 def test_retrain_without_an_open_batch_has_nothing_to_do(checkout: Checkout) -> None:

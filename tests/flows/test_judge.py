@@ -100,7 +100,18 @@ def run(root: Path, name: str = "out", gate: dict[str, Any] | None = None) -> tu
 def test_the_whole_stage(workspace: Path) -> None:
     report, output = run(workspace)
     assert set(report) == {
-        *("seed", "prompts", "language", "judges", "sft", "champion_before", "candidate", "comparisons", "gate")
+        *(
+            "method",
+            "seed",
+            "prompts",
+            "language",
+            "judges",
+            "sft",
+            "champion_before",
+            "candidate",
+            "comparisons",
+            "gate",
+        )
     }
     assert (report["seed"], report["prompts"]) == (7, 12)
     assert report["sft"] == report["champion_before"]  # the SFT model is the first champion
@@ -118,7 +129,7 @@ def test_the_whole_stage(workspace: Path) -> None:
     assert report["candidate"]["kl_per_answer"] == pytest.approx(kl, abs=1e-5)
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3
-    assert [row["ppo"] for row in samples] == [row["candidate"]["text"] for row in answers[:3]]
+    assert [row["candidate"] for row in samples] == [row["candidate"]["text"] for row in answers[:3]]
     assert (output / "figures.csv").read_text().startswith("model,figure,value,low,high\nsft,thumbs_up_rate,")
 
 

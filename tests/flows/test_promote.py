@@ -21,6 +21,8 @@ from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
+CANDIDATE = "artifacts/ppo/model"
+
 
 @pytest.fixture
 def root(tmp_path: Path, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -60,7 +62,7 @@ def records(root: Path) -> Records:
 def report(root: Path, champion: str) -> dict[str, Any]:
     """A report of the candidate that the gate likes."""
     found = copy.deepcopy(GOOD)
-    found["candidate"] |= {"model_hash": model_hash(root / promote.CANDIDATE), "thumbs_up_rate": 0.8}
+    found["candidate"] |= {"model_hash": model_hash(root / CANDIDATE), "thumbs_up_rate": 0.8}
     found["champion_before"] = {"model_hash": champion}
     found["comparisons"]["champion_before"]["win_rate"] = 0.65
     return found
@@ -71,7 +73,7 @@ def alias(records: Records, name: str) -> str:
 
 
 def test_the_wheel_of_promotions(root: Path, store: Store, records: Records) -> None:
-    sft, ppo = model_hash(root / promote.SFT), model_hash(root / promote.CANDIDATE)
+    sft, ppo = model_hash(root / promote.SFT), model_hash(root / CANDIDATE)
 
     first = promote.promote_first(root, store, records)
     assert (first["decision"], first["champion"]) == ("promote", sft)
@@ -106,7 +108,7 @@ def test_the_wheel_of_promotions(root: Path, store: Store, records: Records) -> 
 
 
 def test_the_gate_is_asked_again_with_the_limits_of_now(root: Path, store: Store, records: Records) -> None:
-    sft, ppo = model_hash(root / promote.SFT), model_hash(root / promote.CANDIDATE)
+    sft, ppo = model_hash(root / promote.SFT), model_hash(root / CANDIDATE)
     promote.promote_first(root, store, records)
     settings.set_params(root, {"gate.min_gain": 0.29})
     kept = promote.promote_candidate(root, store, report(root, sft), records)
