@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import curate, ingest, settings, tokenize
+from flows.values import yaml
 from models.checkpoint import load_model, model_hash
 from models.corpus import Sequences
 from models.job import Job
@@ -41,12 +42,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 GOODPUT = 0.80
 STARTING = 0.15  # the share of kills that come before the first step, while the process starts
 DISK_BYTES = 64 << 20
-READS = {
-    "pretrain": ("artifacts/tokenize",),
-    "sft": ("artifacts/pretrain/model", "artifacts/tokenize"),
-    "reward": ("artifacts/sft/model", "artifacts/snapshot"),
-    "ppo": ("artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize"),
-}
 # the preset micro, with checkpoints as often against the steps as a long run has them; every step is reported
 OFTEN = {"checkpoint_every": 5, "log_every": 1}
 PARAMS: dict[str, Any] = {
@@ -55,6 +50,8 @@ PARAMS: dict[str, Any] = {
     "sft": {"steps": 120, **OFTEN},
     "reward": {"epochs": 2, "batch_size": 4, **OFTEN},
     "ppo": {"iterations": 60, "max_new_tokens": 12, "checkpoint_every": 2, "log_every": 1},
+    "dpo": {"epochs": 4, "batch_size": 4, **OFTEN},
+    "kto": {"epochs": 2, "batch_size": 8, **OFTEN},
 }
 RATED = {"train": 240, "heldout": 24}  # prompts with two rated answers each
 
@@ -75,11 +72,22 @@ class Drill:
         """ingest, curate and tokenize, as the flow runs them but for the data gate."""
         ingest.make_data(self.root, ingest.IngestOptions(**self.params["data"]))
         (self.root / "artifacts/validate").mkdir(parents=True, exist_ok=True)
-        for module, deps in ((curate, ("data",)), (tokenize, ("artifacts/curate", "artifacts/validate"))):
+        for module in (curate, tokenize):
             stage = module.__name__.split(".")[-1]
             output = self.root / "artifacts" / stage
             output.mkdir(parents=True)
-            module.run(Job(stage, self.root, deps, output, self.root / "work" / stage, self.params))
+            deps, params = self.declared(stage)
+            module.run(Job(stage, self.root, deps, output, self.root / "work" / stage, params))
+
+    def declared(self, stage: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The data that a stage reads and its parameters, as dvc.yaml has them."""
+        stages = yaml().load((CHECKOUT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        found = stages.get(stage) or stages["policy"]["do"]
+        sections = [name.replace("${item}", stage) for name in found["params"]]
+        deps = [dep.replace("${data.folder}", "data") for dep in found["deps"] if not dep.endswith(".py")]
+        every = settings.flatten(self.params).items()
+        chosen = {k: v for k, v in every if any(k == name or k.startswith(f"{name}.") for name in sections)}
+        return tuple(deps), settings.merge({}, chosen)
 
     def rate(self) -> None:
         """Two answers of the SFT model to each of some prompts, and on each a thumb by a coin of the drill's own seed."""
@@ -106,14 +114,14 @@ class Drill:
     def start(self, kind: str, work: Path) -> Life:
         """Start training of one kind in the work folder `work`, which may hold checkpoints."""
         work.mkdir(parents=True, exist_ok=True)
-        sections = ("seed", "model", kind) if kind == "pretrain" else ("seed", kind)
+        deps, params = self.declared(kind)
         spec = {
             "stage": kind,
             "root": str(self.root),
-            "deps": READS[kind],
+            "deps": deps,
             "output": str(work / "output"),
             "work": str(work),
-            "params": {section: self.params[section] for section in sections},
+            "params": params,
             "device": "cpu",
             "threads": 1,
         }
@@ -324,9 +332,11 @@ def run(
     ran: dict[str, Disturbed] = {}
     left, carried, refused = kills, 0, ""
     for kind in STAGES:
-        steps, startup = drill.undisturbed(kind)
-        if kind == "sft":
+        if len(ran) == len(kinds):
+            break
+        if kind == "reward":
             drill.rate()
+        steps, startup = drill.undisturbed(kind)
         if kind not in kinds:
             continue
         share = -(-left // (len(kinds) - len(ran)))

@@ -47,7 +47,7 @@ class PreferenceOptions(TrainingOptions):
 
     epochs: int = 2
     batch_size: int = 32
-    beta: float = 0.1
+    beta: float = 0.3
     learning_rate: float = 3e-4
     warmup_steps: int = 5
     ptx_coefficient: float = 0.2

@@ -36,7 +36,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write under a temporary name, fsync, rename; then remove older ones. Raises OSError (disk full): nothing is lost."""
+        """Write under a temporary name, fsync, rename; then remove older ones. Raises OSError (disk full) that says what is
+        needed and where: the checkpoints before it stay."""
         buffer = io.BytesIO()
         torch.save({"step": step, **state}, buffer)
         data = buffer.getbuffer()
@@ -48,9 +49,13 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             draft.rename(self.folder / name)
-        except OSError:
+        except OSError as error:
             draft.unlink(missing_ok=True)
-            raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the checkpoint of step {step} needs {len(data) / 1e6:.1f} MB in {self.folder}; make "
+                "room and start again, then it goes on from the checkpoint before",
+            ) from error
         for old in self._files()[:-KEEP]:
             old.unlink(missing_ok=True)
 
