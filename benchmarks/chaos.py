@@ -194,19 +194,24 @@ class Life:
 
 @dataclass
 class Restart:
-    """A line of the logbook: a process that did not come to its end, and from where the next one went on."""
+    """A line of the logbook: a process that did not come to its end, and from where the next one went on.
+
+    began, reached: None when it was killed before it could tell.
+    """
 
     time: str
     kind: str
     cause: str
-    began: int
-    reached: int
+    began: int | None
+    reached: int | None
     resumed: int = -1
 
     @property
     def steps_lost(self) -> int:
         """What has to be done again. A process that did no step had nothing to lose."""
-        return self.reached - self.resumed if self.reached > self.began else 0
+        if self.began is None or self.reached is None or self.reached == self.began:
+            return 0
+        return self.reached - self.resumed
 
 
 class Disturbed:
@@ -249,7 +254,8 @@ class Disturbed:
                 os.truncate(newest, newest.stat().st_size // 2)
                 told = f"SIGKILL, and {newest.name.rsplit('-', 1)[0]} torn in half"
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self.restarts.append(Restart(now, self.kind, told, life.began, life.reached))
+            came = (life.began, life.reached) if life.known else (None, None)
+            self.restarts.append(Restart(now, self.kind, told, *came))
         life = self.drill.start(self.kind, self.work)
         if life.run() != 0:
             raise RuntimeError(f"{self.kind} did not come to its end: {life.error or life.log.read_text()[-2000:]}")
@@ -419,7 +425,7 @@ def pages(result: Mapping[str, Any], ran: Mapping[str, Disturbed]) -> str:
     ]
     for restart in (restart for each in ran.values() for restart in each.restarts):
         cells = [restart.time, restart.kind, restart.began, restart.reached, restart.cause, restart.resumed]
-        lines.append(f"| {' | '.join(map(str, [*cells, restart.steps_lost]))} |")
+        lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in [*cells, restart.steps_lost])} |")
     return "\n".join(lines) + "\n"
 
 

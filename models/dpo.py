@@ -21,16 +21,21 @@ class DPOOptions(PreferenceOptions):
     """Section `dpo` of params.yaml. A step sees batch_size pairs.
 
     label_smoothing: the share of pairs that are thought to be the wrong way round (cDPO, Mitchell 2023);
-    length_normalised: log ratios count by token, so that a long answer weighs no more than a short one (Lambert et al. 2024).
+    length_normalised: log ratios count by token, so that a long answer weighs no more than a short one (Lambert et al. 2024);
+    chosen_coefficient: of −log π of the chosen answer by token, which keeps the policy from making both answers less likely
+    for ones that nobody rated, such as answers without an end (Pang et al. 2024).
     """
 
     label_smoothing: float = 0.0
     length_normalised: bool = False
+    chosen_coefficient: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+        if self.chosen_coefficient < 0:
+            raise ValueError(f"chosen_coefficient must not be negative: {self.chosen_coefficient}")
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -61,14 +66,16 @@ class Comparisons:
     def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         """The mean loss of the pairs `chosen`; each is two sequences of one packed forward pass."""
         rows = [self.pairs[i][0] for i in chosen] + [self.pairs[i][1] for i in chosen]
-        ratios = self.answers.log_ratios(policy, rows)
-        if self.options.length_normalised:
-            ratios = ratios / self.answers.lengths(rows).to(ratios.device)
-        better, worse = ratios.chunk(2)
-        loss = dpo_loss(better, worse, self.options.beta, self.options.label_smoothing).mean()
+        o, logp = self.options, self.answers.logprobs(policy, rows)
+        lengths = self.answers.lengths(rows).to(logp.device)
+        ratios = logp - self.answers.references(rows).to(logp.device)
+        better, worse = (ratios / lengths if o.length_normalised else ratios).chunk(2)
+        nll = (-logp / lengths).chunk(2)[0].mean()
+        loss = dpo_loss(better, worse, o.beta, o.label_smoothing).mean() + o.chosen_coefficient * nll
         with torch.no_grad():
-            rewards = [self.options.beta * side.mean().item() for side in (better, worse)]
+            rewards = [o.beta * side.mean().item() for side in (better, worse)]
             stats = {
+                "chosen_nll": nll.item(),
                 "rewards/chosen": rewards[0],
                 "rewards/rejected": rewards[1],
                 "rewards/margins": rewards[0] - rewards[1],

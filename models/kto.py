@@ -24,6 +24,7 @@ class KTOOptions(PreferenceOptions):
     desirable_weight, undesirable_weight: of thumbs up and down; null: as balanced_weights says.
     """
 
+    beta: float = 0.5
     desirable_weight: float | None = None
     undesirable_weight: float | None = None
 

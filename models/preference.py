@@ -89,12 +89,18 @@ class Answers:
     def __len__(self) -> int:
         return len(self.answers)
 
+    def logprobs(self, policy: Transformer, chosen: Sequence[int]) -> Tensor:
+        """log π of the answers `chosen`: [len(chosen)]."""
+        return answer_logprobs(policy, [self.prompts[i] for i in chosen], [self.answers[i] for i in chosen])
+
+    def references(self, chosen: Sequence[int]) -> Tensor:
+        """log π_ref of the answers `chosen`: [len(chosen)]."""
+        return torch.tensor([self.reference[i] for i in chosen])
+
     def log_ratios(self, policy: Transformer, chosen: Sequence[int]) -> Tensor:
         """log π − log π_ref of the answers `chosen`: [len(chosen)]."""
-        device = policy.embedding.weight.device
-        answers = [self.answers[i] for i in chosen]
-        reference = torch.tensor([self.reference[i] for i in chosen], device=device)
-        return answer_logprobs(policy, [self.prompts[i] for i in chosen], answers) - reference
+        logp = self.logprobs(policy, chosen)
+        return logp - self.references(chosen).to(logp.device)
 
     def lengths(self, chosen: Sequence[int]) -> Tensor:
         """Tokens of the answers `chosen`, as numbers to divide by: [len(chosen)]."""

@@ -162,7 +162,7 @@ def test_answers_packed_together_are_what_each_is_alone(model: Transformer) -> N
 
 
 def test_where_policy_and_reference_are_one_dpo_loses_log_two_and_kto_a_half(model: Transformer) -> None:
-    loss, stats = Comparisons(model, OPINIONS, DPOOptions()).loss(model, [0, 1, 2])
+    loss, stats = Comparisons(model, OPINIONS, DPOOptions(chosen_coefficient=0.0)).loss(model, [0, 1, 2])
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert stats["rewards/margins"] == pytest.approx(0, abs=1e-5)
     loss, stats = Thumbs(model, OPINIONS, KTOOptions(), seed=1).loss(model, range(6))
@@ -172,7 +172,7 @@ def test_where_policy_and_reference_are_one_dpo_loses_log_two_and_kto_a_half(mod
 
 def test_dpo_of_a_batch_is_the_mean_of_its_pairs_by_hand(model: Transformer) -> None:
     policy = moved(model)
-    comparisons = Comparisons(model, OPINIONS, DPOOptions(beta=0.3))
+    comparisons = Comparisons(model, OPINIONS, DPOOptions(beta=0.3, chosen_coefficient=0.0))
     prompts, answers, pairs = find_pairs(OPINIONS)
     ratio = [by_hand(policy, p, a) - by_hand(model, p, a) for p, a in zip(prompts, answers, strict=True)]
     losses = [-math.log(sigma(0.3 * (ratio[better] - ratio[worse]))) for better, worse in pairs]
@@ -182,10 +182,15 @@ def test_dpo_of_a_batch_is_the_mean_of_its_pairs_by_hand(model: Transformer) -> 
     assert again.item() == pytest.approx(found.item(), abs=1e-6)  # the order within a batch is nothing
     chosen, rejected = (0.3 * sum(ratio[pairs[i][side]] for i in (2, 0)) / 2 for side in (0, 1))
     assert (stats["rewards/chosen"], stats["rewards/rejected"]) == pytest.approx((chosen, rejected), abs=1e-4)
-    by_token = Comparisons(model, OPINIONS, DPOOptions(beta=0.3, length_normalised=True)).loss(policy, [0])[0]
+    by_token = DPOOptions(beta=0.3, length_normalised=True, chosen_coefficient=0.0)
+    normalised = Comparisons(model, OPINIONS, by_token).loss(policy, [0])[0]
     better, worse = pairs[0]
     z = 0.3 * (ratio[better] / len(answers[better]) - ratio[worse] / len(answers[worse]))
-    assert by_token.item() == pytest.approx(-math.log(sigma(z)), abs=1e-4)
+    assert normalised.item() == pytest.approx(-math.log(sigma(z)), abs=1e-4)
+    kept = Comparisons(model, OPINIONS, DPOOptions(beta=0.3, chosen_coefficient=0.7)).loss(policy, [2, 0])[0]
+    sides = [pairs[2][0], pairs[0][0]]
+    nll = sum(-by_hand(policy, prompts[i], answers[i]) / len(answers[i]) for i in sides) / 2
+    assert kept.item() == pytest.approx(found.item() + 0.7 * nll, abs=1e-4)
 
 
 def test_kto_of_a_batch_by_hand(model: Transformer) -> None:
@@ -267,6 +272,7 @@ def test_accuracy_on_heldout_pairs_counts_what_the_log_ratios_order_rightly(mode
     [
         ("dpo", DPOOptions, {"beta": 0.0}, "beta must be above 0"),
         ("dpo", DPOOptions, {"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
+        ("dpo", DPOOptions, {"chosen_coefficient": -1.0}, "chosen_coefficient must not be negative"),
         ("dpo", DPOOptions, {"ptx_coefficient": -1.0}, "ptx_coefficient must not be negative"),
         ("kto", KTOOptions, {"batch_size": 1}, "batch_size must be at least 2"),
         ("kto", KTOOptions, {"undesirable_weight": 0.0}, "undesirable_weight must be above 0, or null"),
