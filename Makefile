@@ -47,8 +47,7 @@ contracts: $(VENV)/.ok
 check: lint types contracts test
 
 bench: $(VENV)/.ok  ## race against transformers and TRL at 1 M parameters: an hour or two, then docs/benchmarks.md
-	$(BIN)/python -m benchmarks.speed || true
-	$(BIN)/python -m benchmarks.speed_page
+	$(BIN)/python -m benchmarks.speed; raced=$$?; $(BIN)/python -m benchmarks.speed_page && exit $$raced
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12") if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0'
