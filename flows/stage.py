@@ -38,17 +38,19 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Body:
-    """Where a stage's code stands: `module` has run(job); with `command`, it runs in a child process instead."""
+    """Where a stage's code stands: `module` has run(job); with `command`, it runs in a child process instead, or, when
+    `shared`, in as many as the machine says."""
 
     module: str
     command: tuple[str, ...] = ()
+    shared: bool = False
 
 
 STAGES: dict[str, Body] = {
     "curate": Body("flows.curate"),
     "validate": Body("flows.validate"),
     "tokenize": Body("flows.tokenize"),
-    "pretrain": Body("models.pretrain", TRAINING),
+    "pretrain": Body("models.pretrain", TRAINING, shared=True),
     "sft": Body("models.sft", TRAINING),
     "snapshot": Body("flows.snapshot"),
     "reward": Body("models.reward", TRAINING),
@@ -200,7 +202,7 @@ def _run_body(seen: Look, root: Path, here: Machine, work: Path, lock: int, emit
             "params": seen.params,
             "device": here.device,
             "threads": here.threads,
-            "world_size": here.world_size,
+            "world_size": here.world_size if body.shared else 1,
         }
         log_path = root / ".thumbwheel" / "logs" / f"{seen.name}.log"
         return run_child(spec, command=body.command, work=work, log=log_path, emit=emit, lock=lock)

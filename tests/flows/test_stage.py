@@ -214,6 +214,15 @@ def children_of(root: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if ours(process)]
 
 
+def test_a_stage_that_cannot_share_its_work_is_one_process(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THUMBWHEEL_PROCESSES", "2")
+    stage("grind", workspace)
+    result = stage("train", workspace)  # torchrun would start its child twice
+    (run,) = runs(workspace, "train")
+    assert history(workspace, run.info.run_id) == list(enumerate(chain(10, 20), start=1))
+    assert result.figures["loss"] == chain(10, 20)[-1]
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("sleep", ["0.2", "0.1"], ids=["after metrics were sent", "before any metric was sent"])
 def test_killed_in_the_middle_it_goes_on_in_the_same_run(workspace: Path, sleep: str) -> None:
