@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-METHODS = (
-    "ppo",
-    "dpo",
-    "kto",
-)  # what may follow the snapshot; dvc.yaml's `policy` is the one that align.method chooses
+Method = Literal["ppo", "dpo", "kto"]  # what may follow the snapshot; dvc.yaml's `policy` is the one of align.method
+METHODS: tuple[str, ...] = get_args(Method)
 _GROUP = "policy"
 _LOCK_SECONDS = 600.0
 _mutex = threading.RLock()

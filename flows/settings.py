@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -18,6 +18,7 @@ from flows.files import write_text
 from flows.gate import GateOptions
 from flows.ingest import IngestOptions
 from flows.judge import JudgeOptions
+from flows.pipeline import Method
 from flows.rater import RaterOptions
 from flows.snapshot import SnapshotOptions
 from flows.tokenize import TokenizeOptions
@@ -67,7 +68,7 @@ class BellOptions:
 class AlignOptions:
     """How the SFT model learns from opinions: ppo, against a reward model; dpo, from pairs; kto, from lone thumbs."""
 
-    method: Literal["ppo", "dpo", "kto"] = "ppo"
+    method: Method = "ppo"
 
 
 class Params(BaseModel):

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,27 +109,39 @@ def write_folder(
     card: str,
     max_shard_size: int | None = None,
 ) -> None:
-    """Write a model folder under a temporary name, then rename it: it is whole or absent."""
+    """Write a model folder that is whole or absent."""
+    generation = tokenizer.generation_config()
+    ids: dict[str, object] = {key: value for key, value in generation.items() if key.endswith("_token_id")}
+    with new_folder(folder) as draft:
+        _write_json(draft / "config.json", {**config, **ids})
+        _write_json(draft / "generation_config.json", generation)
+        (draft / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{card}\n", encoding="utf-8")
+        tokenizer.save(draft)
+        shards = cut(tensors, max_shard_size)
+        for number, shard in enumerate(shards, 1):
+            write_tensors(draft / _shard_name(number, len(shards)), shard)
+        if len(shards) > 1:
+            where = {name: _shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for name in shard}
+            size = sum(map(_size, tensors.values()))
+            _write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when all is written: that is whole or absent."""
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    generation = tokenizer.generation_config()
-    ids: dict[str, object] = {key: value for key, value in generation.items() if key.endswith("_token_id")}
-    _write_json(draft / "config.json", {**config, **ids})
-    _write_json(draft / "generation_config.json", generation)
-    (draft / "README.md").write_text(f"---\nlibrary_name: transformers\n---\n{card}\n", encoding="utf-8")
-    tokenizer.save(draft)
-    shards = cut(tensors, max_shard_size)
-    for number, shard in enumerate(shards, 1):
-        path = draft / _shard_name(number, len(shards))
-        save_file({name: t.detach().cpu().contiguous() for name, t in shard.items()}, path, metadata={"format": "pt"})
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if len(shards) > 1:
-        where = {name: _shard_name(number, len(shards)) for number, shard in enumerate(shards, 1) for name in shard}
-        _write_json(draft / INDEX, {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": where})
+    yield draft
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file as transformers and PEFT write it, on the disk when this returns."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def cut(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:

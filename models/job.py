@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.distributed import Ranks
+from models.ranks import Ranks
 
 Options = TypeVar("Options")
 Emit = Callable[[dict[str, Any]], None]

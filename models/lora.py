@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.checkpoint import read_tensors
+from models.checkpoint import new_folder, read_tensors, write_tensors
 from models.huggingface import GLM
 from models.transformer import Block, Transformer
 
@@ -262,17 +260,9 @@ def save_adapter(model: Transformer, folder: str | os.PathLike[str], base: str) 
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    path = Path(folder)
-    draft = path.with_name(path.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    (draft / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(weights, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    with (draft / "adapter_model.safetensors").open("rb") as file:
-        os.fsync(file.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    draft.rename(path)
+    with new_folder(Path(folder)) as draft:
+        (draft / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(draft / "adapter_model.safetensors", tensors)
 
 
 def load_adapter(model: Transformer, folder: str | os.PathLike[str]) -> None:

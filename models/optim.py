@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from models.distributed import load_optimizer
+from models.distributed import gradient_norm, load_optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1, shape: str = "cosine") -> float:
@@ -38,8 +37,7 @@ class Optimizer:
         parameters = [p for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-            {"params": [p for p in parameters if p.dim() == 0], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.parameters = parameters
         self.inner = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
@@ -70,10 +68,7 @@ class Optimizer:
 def clip_norm(parameters: Iterable[Tensor], limit: float) -> float:
     """Scale gradients in place so that their joint L2 norm is at most limit; returns the norm before that, over all processes."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    kinds = [part for kind in (True, False) if (part := [g for g in grads if isinstance(g, DTensor) == kind])]
-    norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
-    norm = math.hypot(*(float(n.full_tensor() if isinstance(n, DTensor) else n) for n in norms))
+    norm = gradient_norm(grads)
     if math.isfinite(norm) and norm > limit:
-        for part in kinds:
-            torch._foreach_mul_(part, limit / (norm + 1e-6))
+        torch._foreach_mul_(grads, limit / (norm + 1e-6))
     return norm

@@ -21,21 +21,21 @@ from models.corpus import Sequences
 from models.ema import Average
 from models.job import Job
 from models.lora import Learned, LoraOptions, disabled, save_adapter, what_learns
-from models.losses import cross_entropy, log_probs
+from models.losses import log_probs
 from models.optim import Optimizer, learning_rate
+from models.ptx import PtxOptions, add_ptx_gradient, check_ptx
 from models.reward import RewardModel, load_reward_model, score
 from models.rollout import Answer, flatten, generate
-from models.sft import collate
 from models.tokenizer import Tokenizer
-from models.training import Stateful, Training, TrainingOptions, stream, torch_generator
-from models.transformer import Transformer, dense_layout
+from models.training import Stateful, Training, stream, torch_generator
+from models.transformer import Transformer
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LARGEST_LOG_RATIO = 20.0  # in k2 and k3: past it one token would drown all others, and soon overflow
 
 
 @dataclass(frozen=True)
-class PPOOptions(TrainingOptions):
+class PPOOptions(PtxOptions):
     """Section `ppo` of params.yaml. Lengths in tokens, KL in nats an answer.
 
     reward: "score" is the reward model's r as it is; "probability" is its probability of a thumb up, which saturates, so
@@ -67,9 +67,6 @@ class PPOOptions(TrainingOptions):
     reward: str = "probability"
     whiten_rewards: bool = False
     missing_eos_penalty: float | None = None
-    ptx_coefficient: float = 0.2
-    ptx_batch_size: int = 2
-    ptx_conversations: int = 12
     ema_decay: float | None = None
     clip_norm: float = 1.0
     checkpoint_every: int = 4
@@ -90,9 +87,7 @@ class PPOOptions(TrainingOptions):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("kl_coefficient", "ptx_coefficient", "ptx_batch_size", "ptx_conversations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        self.not_negative("kl_coefficient")
         if self.kl_estimator not in KL_ESTIMATORS:
             raise ValueError(f"kl_estimator must be one of {', '.join(KL_ESTIMATORS)}, not {self.kl_estimator}")
         if self.dual_clip is not None and not self.dual_clip > 1:
@@ -331,7 +326,8 @@ class Updater:
         loss, stats = policy_loss(logp, take(rollout.logp), take(rollout.advantages), o.clip_range, o.dual_clip)
         loss.backward()
         if o.ptx_coefficient:
-            stats["policy/ptx_loss"] = self._ptx(seed, step)
+            draw = stream(seed, "ptx", step)
+            stats["policy/ptx_loss"] = add_ptx_gradient(m.policy, self.tokens, self.chats, o, draw)
         rate = learning_rate(step, steps, o.learning_rate, o.warmup_steps, shape="linear")
         norm, taken = self.policy_optimizer.step(rate, o.clip_norm)
         self.skipped += not taken
@@ -345,41 +341,6 @@ class Updater:
         _, taken = self.critic_optimizer.step(rate, o.clip_norm)
         self.skipped += not taken
         return stats | {"policy/loss": loss.item(), "policy/gradient_norm": norm, "critic/loss": loss_v.item()}
-
-    def _ptx(self, seed: int, step: int) -> float:
-        """Add γ·gradient of the language-modelling loss on pretraining text and on SFT conversations to the same buffer
-        (PPO-ptx, InstructGPT eq. 2), so that the policy does not forget what it learned before."""
-        o, policy = self.options, self.models.policy
-        device, length = policy.embedding.weight.device, policy.config.text_window
-        draw = stream(seed, "ptx", step)
-        losses = []
-        if o.ptx_batch_size:
-            starts = draw.integers(0, len(self.tokens) - length, o.ptx_batch_size)
-            windows = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int64)
-            ids = torch.from_numpy(windows).to(device)
-            hidden = policy(ids[:, :-1].reshape(-1), dense_layout(o.ptx_batch_size, length, device))
-            targets = ids[:, 1:].reshape(-1)
-            losses.append((hidden, targets))
-        if o.ptx_conversations:
-            batch = collate(self.chats, draw.integers(0, len(self.chats), o.ptx_conversations).tolist(), str(device))
-            losses.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
-        total = 0.0
-        for hidden, targets in losses:
-            weights = torch.full(targets.shape, 1 / len(targets), device=device)
-            loss = cross_entropy(hidden, policy.head_weight, targets, weights)
-            (o.ptx_coefficient * loss).backward()
-            total += loss.item()
-        return total
-
-
-def check_ptx(options: PPOOptions, tokens: int, conversations: int, context: int) -> None:
-    """Raises ValueError when there is less text to keep in mind than one draw takes."""
-    if options.ptx_batch_size and tokens <= context:
-        raise ValueError(
-            f"ppo.ptx_batch_size draws windows of {context + 1} tokens of pretraining text, there are {tokens}: set it to 0"
-        )
-    if options.ptx_conversations and not conversations:
-        raise ValueError("ppo.ptx_conversations draws SFT conversations, there are none: set it to 0")
 
 
 def statistics(rollout: Rollout, beta: float) -> dict[str, float]:
@@ -416,8 +377,7 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"there are {len(prompts)} prompts, fewer than ppo.batch_size {options.batch_size}: add prompts"
         )
-    if options.ptx_coefficient:
-        check_ptx(options, len(tokens), len(chats), read_config(base).context_length)
+    check_ptx("ppo", options, len(tokens), len(chats), read_config(base).text_window)
     lora = job.options("lora", LoraOptions)
     models = Models(
         load_model(base, job.device),

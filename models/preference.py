@@ -23,26 +23,25 @@ from models.corpus import Sequences
 from models.intervals import wilson
 from models.job import Job
 from models.lora import LoraOptions, save_adapter, what_learns
-from models.losses import cross_entropy, log_probs
+from models.losses import log_probs
 from models.opinions import Rated, read_opinions
 from models.optim import Optimizer, learning_rate
+from models.ptx import PtxOptions, add_ptx_gradient, check_ptx
 from models.reward import RewardModel, load_reward_model, score
 from models.rollout import flatten, generate, sequence_logprobs
-from models.sft import collate
 from models.tokenizer import Tokenizer
-from models.training import Training, TrainingOptions, batches, stream, torch_generator
-from models.transformer import Transformer, dense_layout
+from models.training import Training, batches, stream, torch_generator
+from models.transformer import Transformer
 
 Ids = list[int]
 
 
 @dataclass(frozen=True)
-class PreferenceOptions(TrainingOptions):
+class PreferenceOptions(PtxOptions):
     """What the sections `dpo` and `kto` of params.yaml share.
 
-    beta: how dear it is to leave the reference. ptx_*: the gradient of the language-modelling loss that is added at each
-    step, on windows of pretraining text and on SFT conversations, so that the policy does not forget how to speak.
-    samples: prompts that the finished policy answers for its figures, with max_new_tokens at most.
+    beta: how dear it is to leave the reference. samples: prompts that the finished policy answers for its figures, with
+    max_new_tokens at most.
     """
 
     epochs: int = 2
@@ -50,9 +49,6 @@ class PreferenceOptions(TrainingOptions):
     beta: float = 0.3
     learning_rate: float = 3e-4
     warmup_steps: int = 5
-    ptx_coefficient: float = 0.2
-    ptx_batch_size: int = 2
-    ptx_conversations: int = 12
     samples: int = 128
     max_new_tokens: int = 32
     clip_norm: float = 1.0
@@ -64,9 +60,6 @@ class PreferenceOptions(TrainingOptions):
         self.at_least_one("epochs", "batch_size", "samples", "max_new_tokens")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
-        for name in ("ptx_coefficient", "ptx_batch_size", "ptx_conversations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
 
 class Method(Protocol):
@@ -138,40 +131,6 @@ def find_pairs(opinions: Sequence[Rated]) -> Pairs:
     return out
 
 
-def keep_language(
-    policy: Transformer, tokens: np.ndarray, chats: Sequences, options: PreferenceOptions, draw: np.random.Generator
-) -> float:
-    """Add coefficient·gradient of the language-modelling loss on drawn windows and conversations to the gradient that is
-    there (PPO-ptx, InstructGPT eq. 2). Returns the loss."""
-    device, length = policy.embedding.weight.device, policy.config.text_window
-    parts = []
-    if options.ptx_batch_size:
-        starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size)
-        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
-        layout = dense_layout(options.ptx_batch_size, length, device)
-        parts.append((policy(ids[:, :-1].reshape(-1), layout), ids[:, 1:].reshape(-1)))
-    if options.ptx_conversations:
-        batch = collate(chats, draw.integers(0, len(chats), options.ptx_conversations).tolist(), str(device))
-        parts.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
-    total = 0.0
-    for hidden, targets in parts:
-        weights = torch.full(targets.shape, 1 / len(targets), device=device)
-        loss = cross_entropy(hidden, policy.head_weight, targets, weights)
-        (options.ptx_coefficient * loss).backward()
-        total += loss.item()
-    return total
-
-
-def check_ptx(name: str, options: PreferenceOptions, tokens: int, conversations: int, window: int) -> None:
-    """Raises ValueError, with the section's `name`, when there is less text to keep in mind than one draw takes."""
-    if options.ptx_batch_size and tokens <= window:
-        raise ValueError(
-            f"{name}.ptx_batch_size draws windows of {window + 1} tokens of pretraining text, there are {tokens}: set it to 0"
-        )
-    if options.ptx_conversations and not conversations:
-        raise ValueError(f"{name}.ptx_conversations draws SFT conversations, there are none: set it to 0")
-
-
 # -- the stage ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,29 +148,23 @@ def learn(
     chats = Sequences.load(folder / "sft.train.npz")
     size, context = policy.config.vocab_size, policy.config.context_length
     train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
-    if options.ptx_coefficient:
-        check_ptx(name, options, len(tokens), len(chats), policy.config.text_window)
+    check_ptx(name, options, len(tokens), len(chats), policy.config.text_window)
     method = prepare(policy, train)
     lora = job.options("lora", LoraOptions)
     learned = what_learns(policy, lora, torch_generator(job.seed, "lora", name))
     optimizer = Optimizer(policy, betas=(0.9, 0.95), eps=1e-5)
-    per_epoch = math.ceil(len(method) / options.batch_size)
-    steps = options.epochs * per_epoch
+    steps = options.epochs * math.ceil(len(method) / options.batch_size)
     training = Training(job, options, steps, {"policy": learned, "optimizer": optimizer})
 
     policy.train()
     clock, seen = time.perf_counter(), 0
-    order: list[Any] = []
-    for step in range(training.first, steps):
-        # 1. a batch of pairs or thumbs: every one once an epoch, in an order of that epoch's own
-        if not order or step % per_epoch == 0:
-            order = batches(len(method), options.batch_size, job.seed, step // per_epoch)
-        chosen = order[step % per_epoch].tolist()
+    # 1. a batch of pairs or thumbs
+    for step, chosen in batches(len(method), options.batch_size, job.seed, training.first, steps):
         # 2. loss and gradient, that of the language-modelling loss in the same buffer
         loss, row = method.loss(policy, chosen)
         loss.backward()
         if options.ptx_coefficient:
-            row["ptx_loss"] = keep_language(policy, tokens, chats, options, stream(job.seed, "ptx", step))
+            row["ptx_loss"] = add_ptx_gradient(policy, tokens, chats, options, stream(job.seed, "ptx", step))
         # 3. the step
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, shape="linear")
         norm, taken = optimizer.step(rate, options.clip_norm)

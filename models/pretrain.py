@@ -15,6 +15,7 @@ from torch import Tensor
 from models.base import ModelSection, open_base
 from models.checkpoint import load_model, save_model
 from models.config import ModelConfig
+from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
@@ -81,7 +82,7 @@ def run(job: Job) -> dict[str, Any]:
     ranks = job.ranks
     mine = ranks.part(range(options.batch_size))
     model = Transformer(config).initialize(torch_generator(job.seed, "weights")).to(job.device)
-    ranks.shard(model, model.layers)
+    shard(model, model.layers)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
 
@@ -115,11 +116,11 @@ def run(job: Job) -> dict[str, Any]:
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            row = {"loss": ranks.total(loss.item()), "learning_rate": rate, "gradient_norm": norm}
+            row = {"loss": sum_over_ranks(loss.item()), "learning_rate": rate, "gradient_norm": norm}
             training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
-    model = ranks.whole(model, Transformer(config).to(job.device))
+    model = whole(model, Transformer(config).to(job.device))
     if not ranks.first:
         return {}
     nll, _ = stream_loss(model, heldout, limit=256)

@@ -246,18 +246,14 @@ def run(job: Job) -> dict[str, Any]:
         )
     model = RewardModel(trunk).initialize(torch_generator(job.seed, "reward head")).to(job.device)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
-    per_epoch = math.ceil(len(train) / options.batch_size)
-    steps = options.epochs * per_epoch
+    steps = options.epochs * math.ceil(len(train) / options.batch_size)
     training = Training(job, options, steps, {"model": model, "optimizer": optimizer})
 
     model.train()
     clock, seen = time.perf_counter(), 0
-    order: list[Any] = []
-    for step in range(training.first, steps):
+    for step, chosen in batches(len(train), options.batch_size, job.seed, training.first, steps):
         # 1. a batch of prompts, each with all its answers
-        if not order or step % per_epoch == 0:
-            order = batches(len(train), options.batch_size, job.seed, step // per_epoch)
-        batch = [train[i] for i in order[step % per_epoch]]
+        batch = [train[i] for i in chosen]
         # 2. loss and gradient
         loss, parts = batch_loss(model, batch, options)
         loss.backward()

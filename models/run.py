@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from models.allocator import keep_large_blocks
-from models.distributed import Ranks, join, leave
+from models.distributed import join, leave
 from models.job import Emit, Job
+from models.ranks import Ranks
 
 STAGES = {
     "pretrain": "models.pretrain",
@@ -92,7 +93,7 @@ def main() -> int:
         job = load_job(spec, emit if ranks.first else _ignore, ranks)
         job.output.mkdir(parents=True, exist_ok=True)
         summary = importlib.import_module(STAGES[spec["stage"]]).run(job)
-        leave(ranks)
+        leave()
     except Exception as error:
         emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
         raise

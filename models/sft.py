@@ -130,15 +130,10 @@ def run(job: Job) -> dict[str, Any]:
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
 
-    per_epoch = math.ceil(len(data) / options.batch_size)
     model.train()
     clock, seen = time.perf_counter(), 0
-    order: list[Any] = []
-    for step in range(training.first, options.steps):
-        # 1. the step's conversations: every one once an epoch, in an order of that epoch's own
-        if not order or step % per_epoch == 0:
-            order = batches(len(data), options.batch_size, job.seed, step // per_epoch)
-        chosen = order[step % per_epoch].tolist()
+    # 1. the step's conversations
+    for step, chosen in batches(len(data), options.batch_size, job.seed, training.first, options.steps):
         # 2. loss on the assistant's tokens, and its gradient: a mean over all of the step's, however it is cut
         count, total = learned_tokens(data, chosen), torch.zeros((), device=job.device)
         for batch in micro_batches(data, chosen, options.micro_batch, job.device):
@@ -165,7 +160,7 @@ def run(job: Job) -> dict[str, Any]:
         "heldout_loss": nll,
         "heldout_perplexity": math.exp(nll),
         "conversations": len(data),
-        "epochs": options.steps / per_epoch,
+        "epochs": options.steps / math.ceil(len(data) / options.batch_size),
         "skipped_steps": training.skipped,
     }
     card = "# thumbwheel SFT model\n\nFine-tuned on conversations; loss on the assistant's tokens and stop token."

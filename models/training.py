@@ -6,8 +6,9 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.distributed import gather, load_module
+from models.distributed import gather, load_module, wait
 from models.job import Job
 from models.memory import rehearse
 
@@ -99,6 +100,12 @@ class TrainingOptions:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
 
+    def not_negative(self, *names: str) -> None:
+        """Raise ValueError for an option among `names` that is below 0."""
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+
     def at_least_one(self, *names: str) -> None:
         """Raise ValueError for an option among `names` that is below 1."""
         for name in names:
@@ -143,20 +150,20 @@ class Training:
     def _load(self) -> dict[str, Any] | None:
         """The newest whole checkpoint. The first process looks before the others: it removes a damaged one."""
         if not self.job.ranks.first:
-            self.job.ranks.wait()
+            wait()
         state = self.checkpoints.load()
         if self.job.ranks.first:
-            self.job.ranks.wait()
+            wait()
         return state
 
-    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str, parts: int = 1) -> None:
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str) -> None:
         """Try the largest batch once (models.memory.rehearse) and report how long the stage will take at most, and its memory.
 
-        parts: how many such batches a step has; to the peak come Adam's two moments. Raises MemoryError.
+        To the peak come Adam's two moments. Raises MemoryError.
         """
         tried = rehearse(module, loss, what, remedy)
         moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) // self.job.ranks.size
-        self.job.estimate((self.steps - self.first) * parts * tried.seconds, tried.memory + moments)
+        self.job.estimate((self.steps - self.first) * tried.seconds, tried.memory + moments)
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""
@@ -198,7 +205,14 @@ def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
     (output / "metrics.json").write_text(text + "\n", encoding="utf-8")
 
 
-def batches(count: int, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The indices 0..count-1 in a shuffled order of their own for each epoch, cut into batches; the last may be short."""
-    order = stream(seed, "order", epoch).permutation(count)
-    return [order[i : i + size] for i in range(0, count, size)]
+def batches(count: int, size: int, seed: int, first: int, steps: int) -> Iterator[tuple[int, list[int]]]:
+    """Steps first..steps-1, each with the indices of its batch.
+
+    Every one of 0..count-1 comes once an epoch, in a shuffled order of that epoch's own; an epoch's last batch may be short.
+    """
+    per_epoch = math.ceil(count / size)
+    for step in range(first, steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            order = stream(seed, "order", epoch).permutation(count)
+        yield step, order[place * size : (place + 1) * size].tolist()

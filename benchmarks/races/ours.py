@@ -78,8 +78,8 @@ def sft(size: str, root: Path, meter: Meter, batch: int = work.SFT_BATCH) -> Non
     training("sft", batch)(size, root, meter)
     amounts = work.AMOUNTS[size]
     chats = work.read_json(root / "race.json")["conversations"]
-    order = batches(len(chats), batch, 1, 0)[amounts.warmup : amounts.warmup + amounts.steps]
-    seen = [chats[int(i)] for part in order for i in part]
+    measured = batches(len(chats), batch, 1, amounts.warmup, amounts.warmup + amounts.steps)
+    seen = [chats[i] for _, chosen in measured for i in chosen]
     lengths = [len(ids) for ids, _ in seen]
     flops = 3 * work.SHAPES[size].forward(lengths, sum(len(ids) - prompt for ids, prompt in seen))
     meter.write(work=sum(lengths), flops=flops)
@@ -98,8 +98,8 @@ def reward(size: str, root: Path, meter: Meter) -> None:
     pairs = work.read_json(root / "race.json")["pairs"]
     rows = (amounts.warmup + amounts.steps) * work.REWARD_BATCH
     training("reward", work.REWARD_BATCH, epochs=1, thumb_weight=0.0)(size, first_pairs(root, rows), meter)
-    order = batches(rows, work.REWARD_BATCH, 1, 0)[amounts.warmup :]
-    seen = [pairs[int(i)] for part in order for i in part]
+    measured = batches(rows, work.REWARD_BATCH, 1, amounts.warmup, amounts.warmup + amounts.steps)
+    seen = [pairs[i] for _, chosen in measured for i in chosen]
     shape = work.SHAPES[size]
     flops = 3 * sum(pair_flops(shape, *map(len, triple)) for triple in seen)
     meter.write(work=len(seen), flops=flops)

@@ -21,7 +21,6 @@ from models.ppo import (
     Updater,
     adapt_kl,
     advantages_and_returns,
-    check_ptx,
     kl_estimate,
     pad,
     policy_loss,
@@ -31,9 +30,11 @@ from models.ppo import (
     value_loss,
     whiten,
 )
+from models.ptx import add_ptx_gradient, check_ptx
 from models.reward import RewardModel
 from models.rollout import Answer, flatten, sequence_logprobs
 from models.tokenizer import Tokenizer
+from models.training import stream
 from models.transformer import Transformer, dense_layout
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -341,7 +342,7 @@ def test_ptx_adds_its_gradient_to_the_same_buffer_times_its_coefficient(four: Mo
     before = {name: torch.full_like(p, 0.5) for name, p in policy.named_parameters()}
     for name, p in policy.named_parameters():
         p.grad = before[name].clone()
-    updater._ptx(seed=1, step=0)
+    add_ptx_gradient(four.policy, updater.tokens, updater.chats, updater.options, stream(1, "ptx", 0))
     got = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     window, chat = torch.arange(6, 6 + 49), torch.tensor([3, 9, 8, 4, 20, 21, 2])
@@ -399,12 +400,12 @@ def test_options_that_make_no_sense_are_refused() -> None:
 
 
 def test_too_little_text_for_ptx_is_told_with_the_remedy() -> None:
-    check_ptx(PPOOptions(), tokens=49, conversations=1, context=48)
-    check_ptx(PPOOptions(ptx_batch_size=0, ptx_conversations=0), tokens=0, conversations=0, context=48)
+    check_ptx("ppo", PPOOptions(), tokens=49, conversations=1, window=48)
+    check_ptx("ppo", PPOOptions(ptx_batch_size=0, ptx_conversations=0), tokens=0, conversations=0, window=48)
     with pytest.raises(ValueError, match="windows of 49 tokens of pretraining text, there are 48: set it to 0"):
-        check_ptx(PPOOptions(), tokens=48, conversations=1, context=48)
+        check_ptx("ppo", PPOOptions(), tokens=48, conversations=1, window=48)
     with pytest.raises(ValueError, match="SFT conversations, there are none"):
-        check_ptx(PPOOptions(), tokens=99, conversations=0, context=48)
+        check_ptx("ppo", PPOOptions(), tokens=99, conversations=0, window=48)
 
 
 RUN = {"iterations": 5, "batch_size": 8, "max_new_tokens": 6, "checkpoint_every": 2, "ptx_conversations": 4}

@@ -19,11 +19,10 @@ from models.preference import (
     Answers,
     PreferenceOptions,
     answer_logprobs,
-    check_ptx,
     find_pairs,
     heldout_pairs,
-    keep_language,
 )
+from models.ptx import add_ptx_gradient, check_ptx
 from models.rollout import sequence_logprobs
 from models.transformer import Transformer, dense_layout
 
@@ -238,7 +237,7 @@ def test_the_language_modelling_gradient_is_added_times_its_coefficient(model: T
     def gradient(coefficient: float, before: float = 0.0) -> torch.Tensor:
         options = PreferenceOptions(ptx_coefficient=coefficient, ptx_batch_size=2, ptx_conversations=3)
         model.norm.weight.grad = torch.full_like(model.norm.weight, before)
-        loss = keep_language(model, tokens, chats, options, np.random.default_rng(5))
+        loss = add_ptx_gradient(model, tokens, chats, options, np.random.default_rng(5))
         assert loss > 0
         return model.norm.weight.grad.clone()
 

@@ -1,0 +1,67 @@
+"""PPO-ptx (InstructGPT, eq. 2): the gradient of language modelling beside that of a policy's own loss, so that it does not
+forget how to speak. Used by PPO, DPO and KTO alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.corpus import Sequences
+from models.losses import cross_entropy
+from models.sft import collate
+from models.training import TrainingOptions
+from models.transformer import Transformer, dense_layout
+
+
+@dataclass(frozen=True)
+class PtxOptions(TrainingOptions):
+    """ptx_coefficient: γ; ptx_batch_size: windows of pretraining text a step; ptx_conversations: SFT conversations a step."""
+
+    ptx_coefficient: float = 0.2
+    ptx_batch_size: int = 2
+    ptx_conversations: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.not_negative("ptx_coefficient", "ptx_batch_size", "ptx_conversations")
+
+
+def check_ptx(section: str, options: PtxOptions, tokens: int, conversations: int, window: int) -> None:
+    """Raises ValueError, with the section's name, when there is less text to keep in mind than one draw takes."""
+    if not options.ptx_coefficient:
+        return
+    if options.ptx_batch_size and tokens <= window:
+        raise ValueError(
+            f"{section}.ptx_batch_size draws windows of {window + 1} tokens of pretraining text, there are {tokens}: "
+            "set it to 0"
+        )
+    if options.ptx_conversations and not conversations:
+        raise ValueError(f"{section}.ptx_conversations draws SFT conversations, there are none: set it to 0")
+
+
+def add_ptx_gradient(
+    policy: Transformer, tokens: np.ndarray, chats: Sequences, options: PtxOptions, draw: np.random.Generator
+) -> float:
+    """Add γ·gradient of the language-modelling loss on drawn windows and conversations to the gradient that is there.
+
+    tokens: the pretraining text [tokens]. Returns the loss.
+    """
+    device, length = policy.embedding.weight.device, policy.config.text_window
+    parts = []
+    if options.ptx_batch_size:
+        starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size)
+        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
+        layout = dense_layout(options.ptx_batch_size, length, device)
+        parts.append((policy(ids[:, :-1].reshape(-1), layout), ids[:, 1:].reshape(-1)))
+    if options.ptx_conversations:
+        batch = collate(chats, draw.integers(0, len(chats), options.ptx_conversations).tolist(), str(device))
+        parts.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
+    total = 0.0
+    for hidden, targets in parts:
+        weights = torch.full(targets.shape, 1 / len(targets), device=device)
+        loss = cross_entropy(hidden, policy.head_weight, targets, weights)
+        (options.ptx_coefficient * loss).backward()
+        total += loss.item()
+    return total
