@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from models.chat import Chat
 
 app = typer.Typer(
     help="Closes the loop between what people think of a model's answers and the next version of that model.",
@@ -164,6 +167,63 @@ def convert(
     except (ValueError, OSError, ImportError) as error:
         raise _fail(error) from error
     typer.echo(f"{target} is written")
+
+
+@app.command()
+def chat(
+    source: Annotated[Path, typer.Argument(help="a model's folder, or a *.gguf")],
+    system: Annotated[str, typer.Option(help="the system message")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 256,
+    context: Annotated[int, typer.Option(help="tokens of the conversation that are remembered at most")] = 4096,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="1: off")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: off")] = 0,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same conversation")] = 0,
+    complete: Annotated[
+        bool, typer.Option(help="continue the text, as a base model does, instead of answering")
+    ] = False,
+) -> None:
+    """Talk to a checkpoint in the terminal. /reset begins anew, Ctrl-C stops an answer, Ctrl-D or /exit ends."""
+    from models.chat import ChatOptions, open_chat
+
+    try:
+        options = ChatOptions(max_new_tokens, context, temperature, top_p, top_k, seed, system, complete)
+        talk = open_chat(source, options)
+    except (ValueError, OSError, ImportError) as error:
+        raise _fail(error) from error
+    _converse(talk)
+
+
+def _converse(talk: Chat) -> None:
+    """Lines in, answers out, until the input ends."""
+    import sys
+    from contextlib import suppress
+
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401 (arrow keys and history for input())
+    forgotten = 0
+    while True:
+        try:
+            line = input("› " if at_terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line.strip() in ("/exit", "/reset"):
+            if line.strip() == "/exit":
+                break
+            talk.reset()
+        elif line.strip():
+            with suppress(KeyboardInterrupt):
+                try:
+                    for piece in talk.answer(line):
+                        print(piece, end="", flush=True)
+                except ValueError as error:
+                    typer.secho(f"✘ {error}", fg=typer.colors.RED, err=True, nl=False)
+            print()
+            if talk.forgotten > forgotten:
+                forgotten = talk.forgotten
+                typer.secho(f"the first {forgotten} messages no longer fit the context", dim=True, err=True)
 
 
 @app.command()
