@@ -96,7 +96,7 @@ def learned_tokens(data: Sequences, indices: Sequence[int]) -> int:
 
 def sft_loss(model: Transformer, batch: Batch, tokens_in_step: int) -> Tensor:
     """Σ nll over the learned tokens / tokens_in_step (the count over the whole step, however it is cut)."""
-    hidden = model(batch.tokens, batch.layout).index_select(0, batch.rows)
+    hidden = model(batch.tokens, batch.layout, batch.rows)
     weights = torch.full_like(batch.targets, 1.0, dtype=torch.float32) / tokens_in_step
     return cross_entropy(hidden, model.head_weight, batch.targets, weights)
 

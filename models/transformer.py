@@ -88,9 +88,26 @@ class Attention(nn.Module):
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, d] → output [N, d], and the keys and values [N, K, D] that a cache keeps."""
-        q, k, v = self.split(self.qkv(x), cos, sin)
+    def split_rows(self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As split(qkv(x), …), but only the rows [A] get queries: those of other tokens are zeros, which cost no product."""
+        outer = self.heads * self.head_dim
+        weights, bias = self.qkv.weight.split([outer, 2 * self.kv_heads * self.head_dim]), self.qkv.bias
+        biases = (None, None) if bias is None else bias.split([outer, bias.shape[0] - outer])
+        q = F.linear(x.index_select(0, rows), weights[0], biases[0]).view(-1, self.heads, self.head_dim)
+        kv = F.linear(x, weights[1], biases[1]).view(-1, 2 * self.kv_heads, self.head_dim)
+        k, v = kv.split(self.kv_heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary:
+            q = rotate(q, cos.index_select(0, rows), sin.index_select(0, rows), self.interleaved)
+            k = rotate(k, cos, sin, self.interleaved)
+        return q.new_zeros(x.shape[0], self.heads, self.head_dim).index_copy(0, rows, q), k, v
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d] → output [N, d] (with rows [A]: [A, d], of those tokens), and the keys and values [N, K, D]."""
+        q, k, v = self.split(self.qkv(x), cos, sin) if rows is None else self.split_rows(x, cos, sin, rows)
         group = self.heads // self.kv_heads
 
         def spread(t: Tensor, repeat: int) -> Tensor:
@@ -105,7 +122,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(layout.rows * layout.longest, -1)
         if layout.scatter is not None:
             y = y.index_select(0, layout.scatter)
-        return self.o(y), k, v
+        return self.o(y if rows is None else y.index_select(0, rows)), k, v
 
 
 def band(length: int, window: int, device: torch.device) -> Tensor:
@@ -137,9 +154,12 @@ class Block(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, d] → [N, d], keys and values."""
-        y, k, v = self.attention(self.attention_norm(x), cos, sin, layout)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, d] → [N, d] (with rows [A]: [A, d], of those tokens), keys and values of all."""
+        y, k, v = self.attention(self.attention_norm(x), cos, sin, layout, rows)
+        x = x if rows is None else x.index_select(0, rows)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp(x)
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), k, v
@@ -188,12 +208,16 @@ class Transformer(nn.Module):
                     parameter.normal_(0.0, 0.02 * shrink, generator=generator)
         return self
 
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """tokens [N] → hidden states [N, d] after the last norm. Raises ValueError past the context length."""
-        return self.forward_with_cache(tokens, layout)[0]
+    def forward(self, tokens: Tensor, layout: Layout, rows: Tensor | None = None) -> Tensor:
+        """tokens [N] → hidden states [N, d] after the last norm; with rows, indices [A] of the tokens that are read, each at
+        most once: [A, d], and the last layer computes no more than those need. Raises ValueError past the context length.
+        """
+        return self.forward_with_cache(tokens, layout, rows)[0]
 
-    def forward_with_cache(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """As forward, with each layer's keys and values [N, K, D]."""
+    def forward_with_cache(
+        self, tokens: Tensor, layout: Layout, rows: Tensor | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As forward, with each layer's keys and values [N, K, D] of all tokens."""
         if layout.longest > self.config.context_length:
             raise ValueError(
                 f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}"
@@ -201,8 +225,9 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         cos, sin = self.cos[layout.positions].to(x.dtype), self.sin[layout.positions].to(x.dtype)
         cache = []
-        for block in self.layers:
-            x, k, v = block(x, cos, sin, layout)
+        last = len(self.layers) - 1
+        for i, block in enumerate(self.layers):
+            x, k, v = block(x, cos, sin, layout, rows if i == last else None)
             cache.append((k, v))
         return self.norm(x), cache
 

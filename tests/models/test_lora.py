@@ -55,6 +55,21 @@ def test_a_fresh_adapter_changes_nothing(model: Transformer) -> None:
     assert torch.equal(model(IDS, LAYOUT), base)
 
 
+def test_rows_that_are_read_pass_through_the_updates(adapted: Transformer) -> None:
+    """The last layer's projections are taken apart for them, updates included, merged or not."""
+    rows = torch.tensor([0, 3, 6])
+    expected = adapted(IDS, LAYOUT)[rows]
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    learned = [p for p in adapted.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected.square().sum(), learned)
+    got = adapted(IDS, LAYOUT, rows)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for name, a, b in zip(names, torch.autograd.grad(got.square().sum(), learned), gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=name)
+    merge(adapted)
+    torch.testing.assert_close(adapted(IDS, LAYOUT, rows), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_with_adapters_off_the_model_is_its_base_bit_for_bit(model: Transformer, adapted: Transformer) -> None:
     base = model(IDS, LAYOUT)
     asked = {"stop_id": 2, "max_new_tokens": 8, "seeds": [1, 2], "width": 2}

@@ -1,3 +1,8 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
 import torch
 
 from models.losses import cross_entropy, log_probs
@@ -24,6 +29,32 @@ def test_positions_restart_in_each_packed_sequence() -> None:
     layout = packed_layout([3, 1, 2])
     assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert layout.last.tolist() == [2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"qk_norm": True, "qkv_bias": True}, {"post_norms": True}, {"sliding_window": 3, "sliding_layers": (1,)}],
+    ids=["gqa", "qk_norm", "post_norms", "sliding"],
+)
+def test_rows_that_are_read_have_the_values_and_gradients_of_a_whole_pass(
+    model: Transformer, extra: dict[str, object]
+) -> None:
+    net = Transformer(replace(model.config, **extra)).initialize(torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(4) if p.dim() > 1 else p.add_(torch.linspace(-0.3, 0.3, p.shape[0]))
+    flat, layout = torch.tensor([t for s in SEQUENCES for t in s]), packed_layout([len(s) for s in SEQUENCES])
+    rows = torch.tensor([1, 2, 5, 9, 13])
+    upstream = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    expected = net(flat, layout)[rows]
+    expected.backward(upstream)
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    got = net(flat, layout, rows)
+    got.backward(upstream)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=3e-5, rtol=1e-4, msg=name)
 
 
 def test_attention_by_hand_in_one_head() -> None:
