@@ -121,10 +121,25 @@ class ModelConfig(ModelOptions):
         """The options together with the tokenizer's vocabulary size."""
         return cls(**asdict(options), vocab_size=vocab_size)
 
+    def matrix_weights(self) -> int:
+        """Weights of the matrices that a token is multiplied with: those of the layers, and the output layer's."""
+        d, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        layer = d * (q + 2 * kv) + q * d + 3 * d * self.intermediate_size
+        return self.num_hidden_layers * layer + self.vocab_size * d
+
     def parameter_count(self) -> int:
         """Number of weights, tied ones counted once."""
         d, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = d * (q + 2 * kv) + q * d + 3 * d * self.intermediate_size + (4 if self.post_norms else 2) * d
-        layer += (q + 2 * kv) * self.qkv_bias + d * self.o_bias + 2 * self.head_dim * self.qk_norm
-        layer += (2 * self.intermediate_size + d) * self.mlp_bias
-        return self.vocab_size * d * (1 if self.tie_word_embeddings else 2) + self.num_hidden_layers * layer + d
+        vectors = (4 if self.post_norms else 2) * d + 2 * self.head_dim * self.qk_norm
+        vectors += (q + 2 * kv) * self.qkv_bias + d * self.o_bias + (2 * self.intermediate_size + d) * self.mlp_bias
+        embedding = 0 if self.tie_word_embeddings else self.vocab_size * d
+        return self.matrix_weights() + embedding + self.num_hidden_layers * vectors + d
+
+    def training_flops(self, length: float) -> float:
+        """Floating-point operations of forward and backward for one token in a sequence of `length` tokens.
+
+        6 a weight of the matrices and 12·layers·heads·head_dim·length of attention (Chowdhery et al. 2022, appendix B, which
+        counts attention as if it were not causal).
+        """
+        attention = 12.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * length
+        return 6.0 * self.matrix_weights() + attention
