@@ -8,7 +8,7 @@ process within rounding, and checkpoints, which hold whole tensors, go from any 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -74,14 +74,15 @@ def shard(module: nn.Module, layers: Iterable[nn.Module]) -> None:
     fully_shard(module)
 
 
-def whole(module: Module, blank: Module) -> Module:
-    """The module with whole weights in evaluation mode, filled into `blank`; alone, the module itself.
+def whole(module: Module, make: Callable[[], Module]) -> Module:
+    """The module with whole weights in evaluation mode, filled into one that `make` makes; alone, the module itself.
 
     All processes must call it.
     """
     if not _together():
         return module.eval()
-    blank.load_state_dict(gather(module.state_dict()))
+    state, blank = gather(module.state_dict()), make()
+    blank.load_state_dict(state)
     return blank.eval()
 
 
@@ -107,20 +108,20 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
 def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """load_state_dict of whole tensors into a module that may be shared."""
     own = module.state_dict()
-    module.load_state_dict({name: _like(tensor, own[name]) for name, tensor in state.items()})
+    module.load_state_dict({name: like(tensor, own[name]) for name, tensor in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """load_state_dict of whole tensors into an optimizer whose parameters may be shared."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {
-        index: {name: _like(value, parameters[index]) for name, value in entry.items()}
+        index: {name: like(value, parameters[index]) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": moments})
 
 
-def _like(value: Any, pattern: Tensor) -> Any:
+def like(value: Any, pattern: Tensor) -> Any:
     """A whole tensor shared as `pattern` is, when it has its shape; anything else as it is."""
     if not _together():
         return value

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import new_folder, read_tensors, write_tensors
+from models.distributed import like
 from models.huggingface import GLM
 from models.transformer import Block, Transformer
 
@@ -203,21 +204,25 @@ class Learned:
     """The parameters of a module that learn, as one part of a checkpoint; what is frozen is read from its folder again."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.module = module
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that learn, by name: as they are now, for shard puts others in their place."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> dict[str, Any]:
         """The parameters by name."""
         return {name: p.detach() for name, p in self.parameters.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of state_dict. Raises ValueError when other parameters learned then."""
-        if state.keys() != self.parameters.keys():
-            raise ValueError(
-                f"the checkpoint is of other parameters: {sorted(state.keys() ^ self.parameters.keys())[:3]}"
-            )
+        """The inverse of state_dict, of whole tensors. Raises ValueError when other parameters learned then."""
+        parameters = self.parameters
+        if state.keys() != parameters.keys():
+            raise ValueError(f"the checkpoint is of other parameters: {sorted(state.keys() ^ parameters.keys())[:3]}")
         with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(state[name])
+            for name, p in parameters.items():
+                p.copy_(like(state[name], p))
 
 
 def what_learns(model: Transformer, options: LoraOptions, generator: torch.Generator) -> nn.Module | Learned:

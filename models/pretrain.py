@@ -120,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
             training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
-    model = whole(model, Transformer(config).to(job.device))
+    model = whole(model, lambda: Transformer(config).to(job.device))
     if not ranks.first:
         return {}
     nll, _ = stream_loss(model, heldout, limit=256)

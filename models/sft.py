@@ -13,10 +13,12 @@ from torch import Tensor
 
 from models.checkpoint import load_model, save_model
 from models.corpus import Sequences
+from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
+from models.ranks import Ranks
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, batches, torch_generator
 from models.transformer import Layout, Transformer, packed_layout
@@ -26,7 +28,8 @@ from models.transformer import Layout, Transformer, packed_layout
 class SFTOptions(TrainingOptions):
     """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs.
 
-    micro_batch: conversations in memory at a time, null for all of the step's; the gradient is that of the whole batch.
+    micro_batch: conversations in memory at a time (of each process), null for all of the step's; the gradient is that of the
+    whole batch.
     """
 
     steps: int = 380
@@ -82,11 +85,13 @@ def collate(data: Sequences, indices: Sequence[int], device: str) -> Batch:
     )
 
 
-def micro_batches(data: Sequences, indices: Sequence[int], size: int | None, device: str) -> Iterator[Batch]:
-    """The conversations of one step, `size` at a time (all at once for None), those of like lengths together."""
-    ordered = by_length(data, indices)
-    for start in range(0, len(ordered), size or len(ordered)):
-        yield collate(data, ordered[start : start + (size or len(ordered))], device)
+def micro_batches(
+    data: Sequences, indices: Sequence[int], size: int | None, device: str, ranks: Ranks = Ranks()
+) -> Iterator[tuple[Batch, float]]:
+    """This process's share of a step's conversations, `size` at a time (all at once for None), those of like lengths together,
+    and what their loss weighs (Ranks.cut)."""
+    for mine, weight in ranks.cut(by_length(data, indices), size):
+        yield collate(data, mine, device), weight
 
 
 def learned_tokens(data: Sequences, indices: Sequence[int]) -> int:
@@ -125,22 +130,30 @@ def run(job: Job) -> dict[str, Any]:
         )
     if not data.learned.any() or not heldout.learned.any():
         raise ValueError("SFT learns the assistant's words, and there are none: no message has the role assistant")
-    lora = job.options("lora", LoraOptions)
+    lora, ranks, most = job.options("lora", LoraOptions), job.ranks, options.micro_batch
     learned = what_learns(model, lora, torch_generator(job.seed, "lora"))
+    shard(model, model.layers)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
-
     model.train()
+
+    size = min(options.batch_size, len(data))
+    together = min(size, most * ranks.size) if most else size
+    largest, _ = next(micro_batches(data, by_length(data, range(len(data)))[-together:], most, job.device, ranks))
+    what = f"sft: {largest.layout.rows} conversations, the longest there are, of {len(largest.tokens)} tokens together"
+    remedy = f"set sft.micro_batch below {largest.layout.rows} in params.yaml"
+    parts = len(list(ranks.cut(range(size), most)))
+    training.rehearse(model, lambda: sft_loss(model, largest, len(largest.targets)), what, remedy, parts)
     clock, seen = time.perf_counter(), 0
     # 1. the step's conversations
     for step, chosen in batches(len(data), options.batch_size, job.seed, training.first, options.steps):
         # 2. loss on the assistant's tokens, and its gradient: a mean over all of the step's, however it is cut
         count, total = learned_tokens(data, chosen), torch.zeros((), device=job.device)
-        for batch in micro_batches(data, chosen, options.micro_batch, job.device):
-            loss = sft_loss(model, batch, count)
-            loss.backward()
+        for batch, weight in micro_batches(data, chosen, most, job.device, ranks):
+            loss = sft_loss(model, batch, count) * weight
+            (loss * ranks.size).backward()
             total += loss.detach()
-            seen += len(batch.tokens)
+        seen += sum(int(data.offsets[i + 1] - data.offsets[i]) - 1 for i in chosen)
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
@@ -150,11 +163,18 @@ def run(job: Job) -> dict[str, Any]:
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            row = {"loss": total.item(), "learning_rate": rate, "gradient_norm": norm}
+            row = {"loss": sum_over_ranks(total.item()), "learning_rate": rate, "gradient_norm": norm}
             training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
-    model.eval()
+    def blank() -> Transformer:
+        made = load_model(base, job.device)
+        what_learns(made, lora, torch_generator(job.seed, "lora"))
+        return made
+
+    model = whole(model, blank)
+    if not ranks.first:
+        return {}
     nll = answer_loss(model, heldout, job.device)
     metrics = {
         "heldout_loss": nll,

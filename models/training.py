@@ -156,14 +156,14 @@ class Training:
             wait()
         return state
 
-    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str) -> None:
+    def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str, parts: int = 1) -> None:
         """Try the largest batch once (models.memory.rehearse) and report how long the stage will take at most, and its memory.
 
-        To the peak come Adam's two moments. Raises MemoryError.
+        parts: how many such a step has. To the peak come Adam's two moments. Raises MemoryError.
         """
         tried = rehearse(module, loss, what, remedy)
         moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) // self.job.ranks.size
-        self.job.estimate((self.steps - self.first) * tried.seconds, tried.memory + moments)
+        self.job.estimate((self.steps - self.first) * parts * tried.seconds, tried.memory + moments)
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""

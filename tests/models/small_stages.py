@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import ppo, reward, sft
+from models import dpo, kto, ppo, reward, sft
 from models.checkpoint import save_model
 from models.corpus import conversations, prompts, text_stream
 from models.job import Job
+from models.ranks import Ranks
 from models.reward import RewardModel, save_reward_model
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
-BODIES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run}
+BODIES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run, "dpo": dpo.run, "kto": kto.run}
 WORDS = ["hello", "there", "how", "are", "you", "I", "am", "fine", "thank", "what", "do", "like", "to", "eat"]
 
 
@@ -51,7 +52,12 @@ def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None
 
 
 def run_stage(
-    root: Path, stage: str, where: Path, params: Mapping[str, Any], killed_after: int | None = None
+    root: Path,
+    stage: str,
+    where: Path,
+    params: Mapping[str, Any],
+    killed_after: int | None = None,
+    ranks: Ranks = Ranks(),
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run a stage with `where` as its work folder and output; returns the output and the events.
 
@@ -67,5 +73,5 @@ def run_stage(
     deps = ("artifacts/pretrain", "artifacts/sft", "artifacts/reward", "artifacts/tokenize", "artifacts/snapshot")
     output = where / "output"
     output.mkdir(parents=True, exist_ok=True)
-    BODIES[stage](Job(stage, root, deps, output, where, {"seed": 3, **params}, emit=emit))
+    BODIES[stage](Job(stage, root, deps, output, where, {"seed": 3, **params}, emit=emit, ranks=ranks))
     return output, events
