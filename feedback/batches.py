@@ -34,14 +34,19 @@ class Pending:
 
 @dataclass(frozen=True)
 class Batch:
-    """The events first_seq to last_seq, and how many opinions in them were accepted and left out, by reason."""
+    """The events first_seq to last_seq, and how many opinions in them were accepted and left out, by reason.
+
+    erased: how many of the accepted ones had to be deleted since; snapshot_sha256: of the files that the run learned from.
+    """
 
     id: int
     first_seq: int
     last_seq: int
     accepted: int
     excluded: dict[str, int]
+    erased: int
     sha256: str
+    snapshot_sha256: str | None
     opened_at: datetime
     consumed_at: datetime | None
     mlflow_run_id: str | None
@@ -164,6 +169,8 @@ def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
         "last_seq": last,
         "accepted": counts.pop("", 0),
         "excluded": dict(sorted(counts.items())),
+        "erased": 0,
+        "snapshot_sha256": None,
         "sha256": digest(rows, reasons),
         "opened_at": datetime.now(UTC),
         "consumed_at": None,

@@ -145,6 +145,7 @@ def ending(done: Done, started: float) -> dict[str, Any]:
         "response": done.text,
         "response_token_ids": done.ids,
         "response_logprobs": done.logprobs,
+        "completion_tokens": len(done.ids),
         "status": "complete",
         "finish_reason": done.finish_reason,
         "total_ms": (time.perf_counter() - started) * 1000,
@@ -315,7 +316,12 @@ async def produce(
 
 def said(text: str, ids: list[int]) -> dict[str, Any]:
     """The columns of an answer that ended early."""
-    return {"response": text, "response_token_ids": ids, "finished_at": datetime.now(UTC)}
+    return {
+        "response": text,
+        "response_token_ids": ids,
+        "completion_tokens": len(ids),
+        "finished_at": datetime.now(UTC),
+    }
 
 
 def finish(service: Any, completion: Completion, columns: dict[str, Any]) -> asyncio.Future[None]:

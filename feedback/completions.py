@@ -36,6 +36,8 @@ class Completion:
     response: str = ""
     response_token_ids: list[int] = field(default_factory=list)
     response_logprobs: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     status: str = "streaming"
     finish_reason: str | None = None
     error: str | None = None
@@ -55,8 +57,15 @@ class Completion:
 
 
 def insert(connection: sa.Connection, completion: Completion) -> None:
-    """Write a new answer. Raises sqlalchemy.exc.IntegrityError when its id, or its subject's key, is taken."""
-    connection.execute(INSERT, dict(vars(completion)))
+    """Write a new answer. Raises sqlalchemy.exc.IntegrityError when its id, or its subject's key, is taken.
+
+    Token counts that are 0 are those of the token ids; an engine that tells counts only gives them itself.
+    """
+    counts = {
+        "prompt_tokens": completion.prompt_tokens or len(completion.prompt_token_ids),
+        "completion_tokens": completion.completion_tokens or len(completion.response_token_ids),
+    }
+    connection.execute(INSERT, {**vars(completion), **counts})
 
 
 def finish(connection: sa.Connection, completion_id: str, values: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ INSERT, APPEND = sa.insert(feedback), sa.insert(event_log)
 POINT = sa.update(feedback).where(feedback.c.id == sa.bindparam("of")).values(last_seq=sa.bindparam("to"))
 
 # what a vote may set; the rest of the row is ours
-STATED = ("value", "reasons", "comment", "correction", "source", "channel", "locale", "position", "ranked")
+STATED = ("value", "reasons", "comment", "correction", "source", "channel", "locale", "position", "ranked", "strength")
 
 
 class Refused(Exception):
@@ -53,6 +53,7 @@ class Vote:
     locale: str = ""
     position: int | None = None
     ranked: list[Any] = field(default_factory=list)
+    strength: float = 1.0
     client_time: datetime | None = None
     retracted: bool = False
     idempotency_key: str | None = None

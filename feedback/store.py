@@ -86,20 +86,52 @@ class Store:
             yield connection
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to `revision`: up to "head", or down ("base" drops them all). Several callers may race."""
+        """Bring the tables to `revision`: up to "head" or a revision above, down to one below ("base" drops them all).
+
+        Several callers may race.
+        """
         from alembic import command  # imported here: it takes longer than all the rest of this room's storage
         from alembic.config import Config
+        from alembic.script import ScriptDirectory
 
-        with self.write() as connection:
-            config = Config()
-            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-            config.set_main_option("path_separator", "os")
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        config.set_main_option("path_separator", "os")
+        scripts = ScriptDirectory.from_config(config)
+        with self._migrating() as connection:
             config.attributes["connection"] = connection
-            current = sa.inspect(connection).has_table("alembic_version")
-            if revision == "base" and current:
+            known = sa.inspect(connection).has_table("alembic_version")
+            current = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() if known else None
+            wanted = scripts.get_current_head() if revision == "head" else None if revision == "base" else revision
+            if current == wanted:
+                return
+            above = {script.revision for script in scripts.iterate_revisions(current, "base")} if current else set()
+            if wanted is None or wanted in above:
                 command.downgrade(config, revision)
-            elif revision != "base":
+            else:
                 command.upgrade(config, revision)
+            if self.dialect == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
+                raise RuntimeError(
+                    f"the migration to {revision} would leave rows that point nowhere; nothing was changed"
+                )
+
+    @contextmanager
+    def _migrating(self) -> Iterator[sa.Connection]:
+        """A write transaction that may rebuild tables.
+
+        SQLite changes a table by copying it and dropping the old one, which with foreign keys on would delete every row
+        that points to it; they can be turned off outside of a transaction only, so on a connection of its own.
+        """
+        if self.dialect == "postgresql":
+            with self.write() as connection:
+                yield connection
+            return
+        engine = sa.create_engine(self.engine.url, poolclass=sa.NullPool)
+        sa.event.listen(engine, "connect", prepare_sqlite)
+        sa.event.listen(engine, "connect", lambda connection, record: connection.execute("PRAGMA foreign_keys = OFF"))
+        sa.event.listen(engine, "begin", begin_sqlite)
+        with engine.connect().execution_options(thumbwheel_write=True) as connection, self._turn, connection.begin():
+            yield connection
 
     def ping(self) -> None:
         """Raises sqlalchemy.exc.SQLAlchemyError when the database does not answer."""
@@ -221,6 +253,7 @@ def prepare_sqlite(connection: Any, record: object) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA secure_delete = ON")  # what is deleted or replaced is overwritten, not just forgotten
     cursor.close()
 
 

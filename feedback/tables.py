@@ -31,8 +31,9 @@ from sqlalchemy.types import TypeDecorator
 
 SOURCES = ("human_user", "human_expert", "simulated", "llm_judge")
 KINDS = ("thumb", "comparison", "ranking", "edit", "comment", "implicit", "expert")
-MODERATION = ("pending", "accepted", "quarantined", "rejected")
-STATUSES = ("streaming", "complete", "aborted", "error")
+# erased: what its author had deleted; the row stays, without its words, so that counts and numbers stay true
+MODERATION = ("pending", "accepted", "quarantined", "rejected", "erased")
+STATUSES = ("streaming", "complete", "aborted", "error", "erased")
 OPERATIONS = ("create", "revise", "retract", "moderate", "erase")
 
 
@@ -93,8 +94,10 @@ class CompletionRow(Table):
         UniqueConstraint("subject", "idempotency_key"),
         CheckConstraint(one_of("status", STATUSES), name="status"),
         CheckConstraint("turn >= 0", name="turn"),
+        CheckConstraint("prompt_tokens >= 0 AND completion_tokens >= 0", name="tokens"),
         Index(None, "model_hash"),
         Index(None, "conversation"),
+        Index(None, "parent"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)  # chatcmpl- and a uuid7
@@ -110,6 +113,8 @@ class CompletionRow(Table):
     prompt_token_ids: Mapped[list[int]] = mapped_column(JSON)
     response_token_ids: Mapped[list[int]] = mapped_column(JSON)  # with the stop token where it was sampled
     response_logprobs: Mapped[list[float]] = mapped_column(JSON)  # nats, under the model that answered
+    prompt_tokens: Mapped[int] = mapped_column(Integer)
+    completion_tokens: Mapped[int] = mapped_column(Integer)
     status: Mapped[str] = mapped_column(String(16))
     finish_reason: Mapped[str | None] = mapped_column(String(16))
     error: Mapped[str | None] = mapped_column(Text)
@@ -137,7 +142,21 @@ class FeedbackRow(Table):
         CheckConstraint(one_of("moderation", MODERATION), name="moderation"),
         CheckConstraint("revision >= 1", name="revision"),
         CheckConstraint("trust >= 0 AND trust <= 1", name="trust"),
+        CheckConstraint("strength > 0", name="strength"),
+        CheckConstraint("position >= 0", name="position"),
+        CheckConstraint("(kind IN ('comparison', 'ranking')) = (other <> '')", name="other"),
+        CheckConstraint("other <> completion_id", name="itself"),
+        CheckConstraint("kind <> 'edit' OR correction <> '' OR moderation = 'erased'", name="edit"),
         Index(None, "last_seq"),
+        Index(None, "subject"),
+        Index("ix_feedback_other", "other", sqlite_where=text("other <> ''"), postgresql_where=text("other <> ''")),
+        Index(  # what waits for a moderator
+            "ix_feedback_moderation",
+            "moderation",
+            "id",
+            sqlite_where=text("moderation <> 'accepted'"),
+            postgresql_where=text("moderation <> 'accepted'"),
+        ),
         {"sqlite_autoincrement": True},
     )
 
@@ -145,10 +164,12 @@ class FeedbackRow(Table):
     completion_id: Mapped[str] = mapped_column(ForeignKey("completion.id", ondelete="CASCADE"))
     subject: Mapped[str] = mapped_column(String(64))  # HMAC of the user
     kind: Mapped[str] = mapped_column(String(16))
-    other: Mapped[str] = mapped_column(String(64), default="")  # the other answer of a comparison
-    value: Mapped[int] = mapped_column(Integer)
-    ranked: Mapped[list[Any]] = mapped_column(JSON)
-    position: Mapped[int | None] = mapped_column(Integer)
+    # comparison: the other answer; ranking: a hash of the answers' ids; else empty
+    other: Mapped[str] = mapped_column(String(64), default="")
+    value: Mapped[int] = mapped_column(Integer)  # comparison: 1 when completion_id's answer is the better one
+    strength: Mapped[float] = mapped_column(Float)  # of a comparison: 2 counts for twice the margin
+    ranked: Mapped[list[Any]] = mapped_column(JSON)  # ranking: [{"completion_id", "rank", "position"}], best first
+    position: Mapped[int | None] = mapped_column(Integer)  # at which place completion_id's answer was shown, from 0
     reasons: Mapped[list[str]] = mapped_column(JSON)  # codes, never translated text
     comment: Mapped[str] = mapped_column(Text)
     correction: Mapped[str] = mapped_column(Text)
@@ -197,6 +218,7 @@ class BatchRow(Table):
         UniqueConstraint("last_seq"),
         CheckConstraint("first_seq <= last_seq", name="range"),
         CheckConstraint("accepted >= 0", name="accepted"),
+        CheckConstraint("erased >= 0 AND erased <= accepted", name="erased"),
         {"sqlite_autoincrement": True},
     )
 
@@ -205,7 +227,9 @@ class BatchRow(Table):
     last_seq: Mapped[int] = mapped_column(BigInteger)
     accepted: Mapped[int] = mapped_column(Integer)
     excluded: Mapped[dict[str, int]] = mapped_column(JSON)  # reason -> opinions
-    sha256: Mapped[str] = mapped_column(String(64))
+    erased: Mapped[int] = mapped_column(Integer)  # of the accepted ones: those whose author had them deleted since
+    sha256: Mapped[str] = mapped_column(String(64))  # of what it changes in what is learned, as it was opened
+    snapshot_sha256: Mapped[str | None] = mapped_column(String(64))  # of the files that the run below learned from
     opened_at: Mapped[datetime] = mapped_column(UtcTime)
     consumed_at: Mapped[datetime | None] = mapped_column(UtcTime)
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
@@ -224,6 +248,7 @@ class BatchItemRow(Table):
             sqlite_where=text("accepted"),
             postgresql_where=text("accepted"),
         ),
+        Index(None, "feedback_id"),
     )
 
     batch_id: Mapped[int] = mapped_column(ForeignKey("training_batch.id", ondelete="CASCADE"), primary_key=True)
@@ -250,3 +275,29 @@ class PromotionRow(Table):
     figures: Mapped[dict[str, Any]] = mapped_column(JSON)
     reason: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class ErasureRow(Table):
+    """A person's data was deleted. Says how much and which models had learned from it, and nothing of who it was."""
+
+    __tablename__ = "erasure"
+    __table_args__ = (
+        CheckConstraint("completions >= 0 AND opinions >= 0", name="counts"),
+        Index(
+            "ix_erasure_open",
+            "id",
+            sqlite_where=text("flagged_at IS NULL"),
+            postgresql_where=text("flagged_at IS NULL"),
+        ),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    completions: Mapped[int] = mapped_column(Integer)
+    opinions: Mapped[int] = mapped_column(Integer)
+    batches: Mapped[list[int]] = mapped_column(JSON)  # that had accepted one of the opinions
+    mlflow_runs: Mapped[list[str]] = mapped_column(JSON)  # that learned from those batches
+    erased_at: Mapped[datetime] = mapped_column(UtcTime)
+    flagged_at: Mapped[datetime | None] = mapped_column(
+        UtcTime
+    )  # when the runs and the files of snapshots were seen to

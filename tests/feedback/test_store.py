@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -15,7 +16,7 @@ from alembic.migration import MigrationContext
 from feedback import completions, opinions
 from feedback.opinions import Refused, Vote
 from feedback.store import StaleChampion, Store
-from feedback.tables import FeedbackRow, PromotionRow, Table
+from feedback.tables import CompletionRow, FeedbackRow, PromotionRow, Table
 
 Answer = Callable[..., str]
 
@@ -24,12 +25,51 @@ def test_migrations_make_exactly_the_tables_that_the_code_declares(store: Store)
     with store.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
+        found = sa.inspect(connection)
+        for table in Table.metadata.sorted_tables:  # what compare_metadata does not look at
+            declared = {str(c.name) for c in table.constraints if isinstance(c, sa.CheckConstraint)}
+            assert {check["name"] for check in found.get_check_constraints(table.name)} == declared
+            assert {index["name"] for index in found.get_indexes(table.name)} >= {i.name for i in table.indexes}
+
+
+def rows_of(store: Store) -> dict[str, list[tuple[object, ...]]]:
+    """Every row of every table, but for what the second migration added."""
+    new = {"prompt_tokens", "completion_tokens", "strength", "erased", "snapshot_sha256"}
+    with store.read() as connection:
+        return {
+            table.name: sorted(
+                connection.execute(sa.select(*(c for c in table.c if c.name not in new))).tuples().all(), key=repr
+            )
+            for table in Table.metadata.sorted_tables
+            if table.name in FIRST_TABLES
+        }
+
+
+FIRST_TABLES = ("completion", "feedback", "feedback_event", "training_batch", "training_batch_item", "promotion")
 
 
 def test_migrations_go_down_and_up_again_with_data_in_the_tables(store: Store, answer: Answer) -> None:
-    store.vote(Vote(answer(), "someone", value=1))
+    id = answer()
+    store.vote(Vote(id, "someone", value=1))
+    again = store.completion(id)
+    assert again is not None
+    with store.write() as connection:  # a row that points to another of its own table
+        completions.insert(connection, replace(again, id="chatcmpl-again", parent=id))
     store.promote(model_hash="a" * 64, model_path="m", figures={}, reason="first", expected_champion=None)
     assert store.open_batch() is not None
+    before = rows_of(store)
+    store.migrate("0001")
+    assert rows_of(store) == before
+    with store.read() as connection:
+        assert "strength" not in {c["name"] for c in sa.inspect(connection).get_columns("feedback")}
+    store.migrate()
+    assert rows_of(store) == before
+    counted = store.completion(id)
+    assert counted is not None and (counted.prompt_tokens, counted.completion_tokens) == (6, 3)
+    # numbers go on where they stood: a counter that began anew would give the number of a deleted row again
+    assert store.vote(Vote(id, "another", value=1))[0].seq == 2
+    with pytest.raises(sa.exc.IntegrityError), store.write() as connection:
+        connection.execute(sa.update(FeedbackRow).values(completion_id="nowhere"))
     store.migrate("base")
     with store.read() as connection:
         assert set(sa.inspect(connection).get_table_names()) == {"alembic_version"}
@@ -37,6 +77,19 @@ def test_migrations_go_down_and_up_again_with_data_in_the_tables(store: Store, a
     assert store.champion() is None and store.events() == []
     store.migrate()  # a repetition changes nothing
     store.ping()
+
+
+def test_erased_rows_go_down_to_the_first_tables_under_names_that_those_know(store: Store, answer: Answer) -> None:
+    id = answer()
+    store.vote(Vote(id, "someone", kind="edit", value=1, correction="better"))
+    with store.write() as connection:
+        connection.execute(sa.update(CompletionRow).values(status="erased"))
+        connection.execute(sa.update(FeedbackRow).values(moderation="erased", correction=""))
+    store.migrate("0001")
+    with store.read() as connection:
+        assert connection.execute(sa.select(CompletionRow.status)).scalar() == "error"
+        assert connection.execute(sa.select(FeedbackRow.moderation)).scalar() == "rejected"
+    store.migrate()
 
 
 def test_many_processes_may_migrate_at_once(database_url: str) -> None:
@@ -127,7 +180,15 @@ def test_one_key_makes_one_event_and_refuses_another_body(store: Store, answer: 
 def test_the_database_itself_refuses_what_the_code_should_never_write(store: Store, answer: Answer) -> None:
     id = answer()
     store.vote(Vote(id, "someone", value=1))
-    for change in ({"value": 2}, {"kind": "shout"}, {"source": "a bot"}, {"completion_id": "nowhere"}, {"trust": 2.0}):
+    changes: list[dict[str, object]] = [
+        {"value": 2},
+        {"kind": "shout"},
+        {"source": "a bot"},
+        {"completion_id": "nowhere"},
+    ]
+    changes += [{"trust": 2.0}, {"strength": 0.0}, {"position": -1}, {"kind": "edit"}, {"kind": "comparison"}]
+    changes += [{"other": "another"}, {"kind": "comparison", "other": id}, {"kind": "ranking", "other": ""}]
+    for change in changes:
         with pytest.raises(sa.exc.IntegrityError), store.write() as connection:
             connection.execute(sa.update(FeedbackRow).values(**change))
 
