@@ -53,7 +53,7 @@ STAGES: dict[str, Body] = {
     "pretrain": Body("models.pretrain", TRAINING, shared=True),
     "sft": Body("models.sft", TRAINING, shared=True),
     "snapshot": Body("flows.snapshot"),
-    "reward": Body("models.reward", TRAINING),
+    "reward": Body("models.reward", TRAINING, shared=True),
     "ppo": Body("models.ppo", TRAINING),
     "dpo": Body("models.dpo", TRAINING),
     "kto": Body("models.kto", TRAINING),

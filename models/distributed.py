@@ -54,24 +54,32 @@ def sum_over_ranks(value: float) -> float:
     """The sum of a number over all processes."""
     if not _together():
         return value
-    number = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(number)
-    return number.item()
+    return sum_tensor(torch.tensor(value, dtype=torch.float64)).item()
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module]) -> None:
+def sum_tensor(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in place where it stands on the device that they talk through."""
+    if _together():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values)
+    return values
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], methods: Sequence[str] = ()) -> None:
     """Share the module's weights, which are equal in all processes: each layer is a unit, and what is left another.
 
-    Gradients are averaged over the processes: a loss that is a sum over this process's part is to be multiplied by their
-    number.
+    methods: those that work with the weights as forward does. Gradients are averaged over the processes: a loss that is a
+    sum over this process's part is to be multiplied by their number.
     """
     if not _together():
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in layers:
         fully_shard(layer)
     fully_shard(module)
+    for name in methods:
+        register_fsdp_forward_method(module, name)
 
 
 def whole(module: Module, make: Callable[[], Module]) -> Module:

@@ -31,6 +31,15 @@ class Rated:
     values: list[int]
     preferences: list[Preference] = field(default_factory=list)
 
+    def pairs(self) -> list[Preference]:
+        """Each answer with a thumb up beats each with a thumb down; and what was compared or ranked."""
+        ups, downs = ([i for i, v in enumerate(self.values) if v == value] for value in (1, -1))
+        return [Preference(up, down) for up in ups for down in downs] + self.preferences
+
+    def tokens(self) -> int:
+        """How many tokens its answers are, each with the prompt before it."""
+        return sum(len(self.prompt) + len(answer) for answer in self.answers)
+
 
 def read_opinions(path: Path, vocab_size: int | None = None, context: int | None = None) -> list[Rated]:
     """Group a snapshot's thumbs, comparisons and rankings by prompt, in the file's order; rows of other kinds are passed over.

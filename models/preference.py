@@ -118,14 +118,12 @@ class Pairs(NamedTuple):
 
 
 def find_pairs(opinions: Sequence[Rated]) -> Pairs:
-    """To one prompt each answer with a thumb up beats each with a thumb down; and what was compared or ranked."""
+    """All pairs of the opinions (Rated.pairs)."""
     out = Pairs([], [], [])
     for rated in opinions:
-        ups, downs = ([i for i, v in enumerate(rated.values) if v == value] for value in (1, -1))
-        found = [(w, b) for w in ups for b in downs] + [(p.winner, p.loser) for p in rated.preferences]
-        if found:
+        if found := rated.pairs():
             start = len(out.answers)
-            out.pairs.extend((start + better, start + worse) for better, worse in found)
+            out.pairs.extend((start + pair.winner, start + pair.loser) for pair in found)
             out.prompts.extend([rated.prompt] * len(rated.answers))
             out.answers.extend(rated.answers)
     return out

@@ -14,10 +14,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from models.baselines import bag_of_words_accuracy, length_accuracy
 from models.checkpoint import load_model, read_config, read_weights, write_folder
+from models.distributed import shard, whole
+from models.figures import Figures
 from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
@@ -39,12 +41,15 @@ from models.transformer import Layout, Transformer, packed_layout
 class RewardOptions(TrainingOptions):
     """Section `reward` of params.yaml. A step sees batch_size prompts with all their rated answers.
 
+    micro_batch: prompts in memory at a time (of each process), null for all of the step's; the gradient is that of the whole
+    batch.
     margin: by how much r should tell apart a pair of the usual strength; centering_coefficient: of (r_w + r_l)² in each
     pair, which keeps r around 0 (Eisenstein et al. 2023; 0.01 is usual).
     """
 
     epochs: int = 2
     batch_size: int = 8
+    micro_batch: int | None = None
     learning_rate: float = 6e-4
     warmup_steps: int = 10
     weight_decay: float = 0.1
@@ -58,7 +63,7 @@ class RewardOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("epochs", "batch_size")
+        self.at_least_one("epochs", "batch_size", *(["micro_batch"] if self.micro_batch is not None else []))
         if self.pair_weight < 0 or self.thumb_weight < 0 or self.pair_weight + self.thumb_weight == 0:
             raise ValueError("pair_weight and thumb_weight must not be negative, and one must be above 0")
         if self.margin < 0 or self.centering_coefficient < 0:
@@ -77,7 +82,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.head = nn.Linear(trunk.config.hidden_size, 1)
-        self.offset = nn.Parameter(torch.zeros(()))
+        self.offset = nn.Parameter(torch.zeros(1))
         self.register_buffer("scale", torch.ones(()))
 
     def initialize(self, generator: torch.Generator) -> RewardModel:
@@ -93,7 +98,7 @@ class RewardModel(nn.Module):
 
     def scores(self, tokens: Tensor, layout: Layout) -> Tensor:
         """r of each sequence, read at its last token: tokens [N] → [B]."""
-        return self.head(self.trunk(tokens, layout).index_select(0, layout.last))[:, 0].float()
+        return self.head(self.trunk(tokens, layout, layout.last))[:, 0].float()
 
     def probability(self, scores: Tensor) -> Tensor:
         """The probability of a thumb up for scores r, of any shape."""
@@ -127,64 +132,60 @@ def score(
     return out
 
 
-def pair_loss(
-    scores: Tensor,
-    values: Sequence[int],
-    preferences: Sequence[Preference] = (),
-    margin: float = 0.0,
-    centering: float = 0.0,
-) -> Tensor | None:
-    """The loss over all pairs of one prompt's answers (scores [K]); None when it has no pair.
+def pair_losses(scores: Tensor, pairs: Sequence[Preference], margin: float = 0.0, centering: float = 0.0) -> Tensor:
+    """−log σ(r_w − r_l − margin·strength) + centering·(r_w + r_l)² of each pair of answers with these scores: [pairs]."""
+    winners, losers = scores[[p.winner for p in pairs]], scores[[p.loser for p in pairs]]
+    strengths = scores.new_tensor([p.strength for p in pairs])
+    return F.softplus(margin * strengths - (winners - losers)) + centering * (winners + losers).square()
 
-    A pair is a thumb up and a thumb down (values [K], 0 for an answer without a thumb), or a preference. The loss is the
-    mean of −log σ(r_w − r_l − margin·strength), plus centering times the mean of (r_w + r_l)².
+
+def thumb_losses(scores: Tensor, values: Tensor, offset: Tensor) -> Tensor:
+    """−log σ(v·(r + b)) of each answer: scores [n], values [n] of ±1."""
+    return F.softplus(-values * (scores + offset))
+
+
+class Counts(NamedTuple):
+    """What a batch's means are over: its thumbs, and its prompts that have a pair."""
+
+    thumbs: int
+    prompts: int
+
+
+def counts_of(batch: Sequence[Rated]) -> Counts:
+    """The counts of a whole batch, however it is cut."""
+    return Counts(sum(1 for rated in batch for v in rated.values if v), sum(1 for rated in batch if rated.pairs()))
+
+
+def batch_loss(
+    model: RewardModel, batch: Sequence[Rated], options: RewardOptions, counts: Counts | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What prompts add to their batch's loss, one forward pass an answer, and to its figures (models.figures).
+
+    counts: of the whole batch where these are a part of it, the same in all processes: it says which terms there are.
     """
-    v = torch.tensor(values, device=scores.device)
-    better = (v[:, None] > 0) & (v[None, :] < 0)
-    differences = (scores[:, None] - scores[None, :])[better]
-    sums = (scores[:, None] + scores[None, :])[better]
-    strengths = torch.ones_like(differences)
-    if preferences:
-        winners, losers = scores[[p.winner for p in preferences]], scores[[p.loser for p in preferences]]
-        differences = torch.cat([differences, winners - losers])
-        sums = torch.cat([sums, winners + losers])
-        strengths = torch.cat([strengths, strengths.new_tensor([p.strength for p in preferences])])
-    if not len(differences):
-        return None
-    loss = F.softplus(margin * strengths - differences).mean()
-    return loss + centering * sums.square().mean() if centering else loss
-
-
-def thumb_loss(scores: Tensor, values: Tensor, offset: Tensor) -> Tensor:
-    """Mean of −log σ(v·(r + b)): scores [n], values [n] of ±1."""
-    return F.softplus(-values * (scores + offset)).mean()
-
-
-def batch_loss(model: RewardModel, batch: Sequence[Rated], options: RewardOptions) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one batch of prompts, one forward pass an answer, and its parts."""
+    counts = counts or counts_of(batch)
     device = model.head.weight.device
-    sequences = [[*rated.prompt, *answer] for rated in batch for answer in rated.answers]
-    scores = model.scores(*lay_out(sequences, device))
-    values = [v for rated in batch for v in rated.values]
-    target = torch.tensor(values, device=device, dtype=torch.float32)
-    parts: dict[str, float] = {}
-    total = 0.0 * scores.sum()
-    rated_scores, target = (scores, target) if all(values) else (scores[target != 0], target[target != 0])
-    if len(target):
-        thumbs = thumb_loss(rated_scores, target, model.offset)
-        total = options.thumb_weight * thumbs
-        parts["thumb_loss"] = thumbs.item()
-        parts["accuracy"] = float((((rated_scores + model.offset) > 0) == (target > 0)).float().mean())
-    pairs = []
-    for rated, part in zip(batch, scores.split([len(r.answers) for r in batch]), strict=True):
-        loss = pair_loss(part, rated.values, rated.preferences, options.margin, options.centering_coefficient)
-        if loss is not None:
-            pairs.append(loss)
-    if pairs and options.pair_weight:
-        mean = torch.stack(pairs).mean()
-        total = total + options.pair_weight * mean
-        parts["pair_loss"] = mean.item()
-    return total, parts
+    scores = model.scores(*lay_out([[*rated.prompt, *answer] for rated in batch for answer in rated.answers], device))
+    total, figures = 0.0 * scores.sum(), dict[str, Tensor]()
+    if counts.thumbs:
+        values = torch.tensor([v for rated in batch for v in rated.values], device=device, dtype=torch.float32)
+        thumbs = (values.abs() * thumb_losses(scores, values, model.offset)).sum() / counts.thumbs
+        right = ((scores + model.offset > 0) == (values > 0)) & (values != 0)
+        figures |= {"thumb_loss": thumbs, "accuracy": right.sum() / counts.thumbs}
+        total = total + options.thumb_weight * thumbs
+    if counts.prompts and options.pair_weight:
+        pairs: list[Preference] = []
+        weights: list[float] = []
+        start = 0
+        for rated in batch:
+            own = rated.pairs()
+            pairs += [pair._replace(winner=start + pair.winner, loser=start + pair.loser) for pair in own]
+            weights += [1 / (len(own) * counts.prompts) for _ in own]
+            start += len(rated.answers)
+        losses = pair_losses(scores, pairs, options.margin, options.centering_coefficient)
+        figures["pair_loss"] = (scores.new_tensor(weights) * losses).sum()
+        total = total + options.pair_weight * figures["pair_loss"]
+    return total, figures
 
 
 def save_reward_model(model: RewardModel, folder: Path, tokenizer: Tokenizer, card: str) -> None:
@@ -245,18 +246,31 @@ def run(job: Job) -> dict[str, Any]:
             f"artifacts/snapshot has {len(train)} rated prompts to learn and {len(heldout)} held out: collect more opinions"
         )
     model = RewardModel(trunk).initialize(torch_generator(job.seed, "reward head")).to(job.device)
+    ranks, most = job.ranks, options.micro_batch
+    shard(model, model.trunk.layers, methods=["scores"])
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     steps = options.epochs * math.ceil(len(train) / options.batch_size)
     training = Training(job, options, steps, {"model": model, "optimizer": optimizer})
-
     model.train()
+
+    size = min(options.batch_size, len(train))
+    largest, _ = next(ranks.cut(by_length(train)[-(min(size, most * ranks.size) if most else size) :], most))
+    answers, count = sum(len(rated.answers) for rated in largest), sum(rated.tokens() for rated in largest)
+    what = f"reward: the {len(largest)} longest prompts, with {answers} answers of {count} tokens together"
+    remedy = f"set reward.micro_batch below {len(largest)} in params.yaml"
+    parts = len(list(ranks.cut(range(size), most)))
+    everything = counts_of(train)
+    training.rehearse(model, lambda: batch_loss(model, largest, options, everything)[0], what, remedy, parts)
     clock, seen = time.perf_counter(), 0
     for step, chosen in batches(len(train), options.batch_size, job.seed, training.first, steps):
         # 1. a batch of prompts, each with all its answers
-        batch = [train[i] for i in chosen]
-        # 2. loss and gradient
-        loss, parts = batch_loss(model, batch, options)
-        loss.backward()
+        batch = by_length([train[i] for i in chosen])
+        # 2. loss and gradient: means over the whole batch, however it is cut
+        counts, figures = counts_of(batch), Figures()
+        for mine, weight in ranks.cut(batch, most):
+            loss, shares = batch_loss(model, mine, options, counts)
+            (loss * weight * ranks.size).backward()
+            figures.add({"loss": loss, **shares}, weight)
         # 3. the step
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, floor=0.0)
         norm, taken = optimizer.step(rate, options.clip_norm)
@@ -267,11 +281,13 @@ def run(job: Job) -> dict[str, Any]:
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            row = {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm, **parts}
+            row = {"learning_rate": rate, "gradient_norm": norm, **figures.total()}
             training.log(done, row, {"answers_per_second": speed})
         training.checkpoint(done)
 
-    model.eval()
+    model = whole(model, lambda: RewardModel(load_model(base)).to(job.device))
+    if not ranks.first:
+        return {}
     normalise(model, score(model, [r.prompt for r in train for _ in r.answers], [a for r in train for a in r.answers]))
     metrics = evaluate(model, train, heldout, tokenizer) | {"skipped_steps": training.skipped}
     card = (
@@ -280,6 +296,11 @@ def run(job: Job) -> dict[str, Any]:
     save_reward_model(model, job.output / "model", tokenizer, card)
     training.finish(metrics)
     return metrics
+
+
+def by_length(opinions: Iterable[Rated]) -> list[Rated]:
+    """The prompts, those with the fewest tokens first."""
+    return sorted(opinions, key=Rated.tokens)
 
 
 def evaluate(
@@ -324,9 +345,8 @@ def _pair_metrics(heldout: Sequence[Rated], scores: Sequence[float]) -> dict[str
     for rated in heldout:
         of = scores[start : start + len(rated.answers)]
         start += len(of)
-        ups, downs = ([i for i, v in enumerate(rated.values) if v == value] for value in (1, -1))
-        pairs = [(w, b) for w in ups for b in downs] + [(p.winner, p.loser) for p in rated.preferences]
-        right += sum(of[w] > of[b] for w, b in pairs)
+        pairs = rated.pairs()
+        right += sum(of[pair.winner] > of[pair.loser] for pair in pairs)
         count += len(pairs)
     if not count:
         return {}

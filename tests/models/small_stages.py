@@ -49,6 +49,30 @@ def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None
     for split, rows in (("train", chats), ("heldout", chats[:6])):
         conversations(tokenizer, rows, 48)[0].save(out / f"sft.{split}.npz")
     prompts(tokenizer, [chat[:1] for chat in chats], 24)[0].save(out / "prompts.train.npz")
+    make_snapshot(root, rng)
+
+
+def make_snapshot(root: Path, rng: random.Random) -> None:
+    """Opinions of answers of random tokens: prompts with one to three thumbs, comparisons and rankings."""
+
+    def ids(longest: int) -> list[int]:
+        return [rng.randrange(20, 250) for _ in range(rng.randint(1, longest))]
+
+    folder = root / "artifacts/snapshot"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 13), ("heldout", 5)):
+        rows: list[dict[str, Any]] = []
+        for n in range(count):
+            prompt, kind = ids(9), ("thumb", "comparison", "ranking")[n % 3]
+            ranked = [{"response_ids": ids(9), "rank": rank} for rank in range(3)]
+            if kind == "thumb":
+                rows += [{"response_ids": ids(9), "value": v} for v in (1, -1, rng.choice((1, -1)))[: 1 + n % 4]]
+            else:
+                rows.append(
+                    {"chosen_ids": ids(9), "rejected_ids": ids(8)} if kind == "comparison" else {"answers": ranked}
+                )
+            rows = [{"kind": kind, "prompt_ids": prompt, **row} if "kind" not in row else row for row in rows]
+        (folder / f"opinions.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_stage(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,21 +13,23 @@ from small_stages import Killed, make_workspace, run_stage
 from models.baselines import bag_of_words_accuracy, length_accuracy
 from models.checkpoint import model_hash
 from models.config import ModelConfig
+from models.figures import Figures
 from models.opinions import Preference
 from models.reward import (
     Rated,
     RewardModel,
     RewardOptions,
     batch_loss,
+    counts_of,
     evaluate,
     lay_out,
     load_reward_model,
     normalise,
-    pair_loss,
+    pair_losses,
     read_opinions,
     save_reward_model,
     score,
-    thumb_loss,
+    thumb_losses,
 )
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -37,16 +40,24 @@ def judge(model: Transformer) -> RewardModel:
     return RewardModel(model).initialize(torch.Generator().manual_seed(2)).eval()
 
 
+def pair_loss(
+    scores: torch.Tensor, values: list[int], preferences: Sequence[Preference] = (), **options: float
+) -> float:
+    """The mean loss of the pairs of one prompt's answers."""
+    pairs = Rated([], [[]] * len(values), values, list(preferences)).pairs()
+    return pair_losses(scores, pairs, **options).mean().item()
+
+
 def test_pair_loss_is_the_mean_over_a_prompts_pairs() -> None:
     scores = torch.tensor([1.0, -0.5, 2.0, 0.0])
     values = [1, -1, 1, -1]
     pairs = [(w, b) for w, b in itertools.permutations(range(4), 2) if values[w] > values[b]]
     by_hand = sum(-math.log(1 / (1 + math.exp(-(scores[w] - scores[b]).item()))) for w, b in pairs) / len(pairs)
     assert len(pairs) == 4
-    assert pair_loss(scores, values).item() == pytest.approx(by_hand)
+    assert pair_loss(scores, values) == pytest.approx(by_hand)
     order = [2, 0, 3, 1]
-    assert pair_loss(scores[order], [values[i] for i in order]).item() == pytest.approx(by_hand)
-    assert pair_loss(scores, [1, 1, 1, 1]) is None
+    assert pair_loss(scores[order], [values[i] for i in order]) == pytest.approx(by_hand)
+    assert Rated([], [[]] * 4, [1, 1, 1, 1]).pairs() == []
 
 
 def softplus(x: float) -> float:
@@ -58,21 +69,21 @@ def test_preferences_and_thumbs_of_a_prompt_are_one_mean_over_all_its_pairs() ->
     r = [0.5, -0.25, 1.0, 2.0]
     preferences = [Preference(3, 2), Preference(0, 3, 2.0)]
     expected = (softplus(-(r[0] - r[1])) + softplus(-(r[3] - r[2])) + softplus(-(r[0] - r[3]))) / 3
-    assert pair_loss(torch.tensor(r), [1, -1, 0, 0], preferences).item() == pytest.approx(expected)
-    assert pair_loss(torch.tensor(r[2:]), [0, 0]) is None
+    assert pair_loss(torch.tensor(r), [1, -1, 0, 0], preferences) == pytest.approx(expected)
+    assert Rated([], [[], []], [0, 0]).pairs() == []
     order = [2, 3, 0, 1]  # where answers stand does not matter
     moved = [Preference(order.index(p.winner), order.index(p.loser), p.strength) for p in preferences]
     got = pair_loss(torch.tensor([r[i] for i in order]), [[1, -1, 0, 0][i] for i in order], moved)
-    assert got.item() == pytest.approx(expected)
+    assert got == pytest.approx(expected)
 
 
 def test_margin_and_centering_by_hand() -> None:
     """m = .5 for the thumbs' pair, 2·.5 for the strong preference; centring adds .1·mean((r_w + r_l)²)."""
     r, strong = torch.tensor([0.5, -0.25, 1.0]), [Preference(2, 0, 2.0)]
     with_margin = (softplus(0.5 - 0.75) + softplus(1.0 - 0.5)) / 2
-    assert pair_loss(r, [1, -1, 0], strong, margin=0.5).item() == pytest.approx(with_margin)
+    assert pair_loss(r, [1, -1, 0], strong, margin=0.5) == pytest.approx(with_margin)
     centred = (softplus(-0.75) + softplus(-0.5)) / 2 + 0.1 * (0.25**2 + 1.5**2) / 2
-    assert pair_loss(r, [1, -1, 0], strong, centering=0.1).item() == pytest.approx(centred)
+    assert pair_loss(r, [1, -1, 0], strong, centering=0.1) == pytest.approx(centred)
 
 
 def test_an_answer_is_one_forward_pass_however_many_pairs_it_is_in(judge: RewardModel) -> None:
@@ -111,16 +122,67 @@ def test_the_head_starts_with_deviation_one_over_root_d_plus_one() -> None:
 
 
 def test_thumb_loss_has_its_own_offset() -> None:
-    loss = thumb_loss(torch.tensor([0.3, -0.2]), torch.tensor([1.0, -1.0]), torch.tensor(0.5))
-    assert loss.item() == pytest.approx((math.log1p(math.exp(-0.8)) + math.log1p(math.exp(0.3))) / 2)
+    losses = thumb_losses(torch.tensor([0.3, -0.2]), torch.tensor([1.0, -1.0]), torch.tensor([0.5]))
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-0.8)), math.log1p(math.exp(0.3))])
 
 
 def test_prompts_weigh_alike_however_many_pairs_they_have(judge: RewardModel) -> None:
     batch = [Rated([5, 6], [[7], [8], [9]], [1, -1, -1]), Rated([10], [[11], [12]], [1, -1])]
     _, parts = batch_loss(judge, batch, RewardOptions())
     scores = [score(judge, [r.prompt] * len(r.answers), r.answers) for r in batch]
-    expected = sum(pair_loss(torch.tensor(s), r.values).item() for s, r in zip(scores, batch, strict=True)) / 2
-    assert parts["pair_loss"] == pytest.approx(expected, abs=1e-5)
+    expected = sum(pair_loss(torch.tensor(s), r.values) for s, r in zip(scores, batch, strict=True)) / 2
+    assert parts["pair_loss"].item() == pytest.approx(expected, abs=1e-5)
+
+
+BATCH = [
+    Rated([5, 6], [[7], [8, 8], [9]], [1, -1, -1]),
+    Rated([10], [[11], [12, 13]], [0, 0], [Preference(1, 0, 2.0)]),
+    Rated([20, 21, 22], [[23]], [1]),
+    Rated([30], [[31], [32], [33], [34]], [1, 0, -1, -1], [Preference(3, 1)]),
+]
+
+
+def test_a_batchs_loss_is_means_over_all_its_thumbs_and_over_its_prompts_with_pairs(judge: RewardModel) -> None:
+    """Seven thumbs, whosever prompt; three prompts with pairs, each the mean of its own 2, 1 and 3."""
+    options = RewardOptions(pair_weight=0.7, thumb_weight=0.3, margin=0.2, centering_coefficient=0.1)
+    with torch.no_grad():
+        judge.offset.fill_(0.4)
+    thumbs, prompts = [], []
+    for rated in BATCH:
+        r = score(judge, [rated.prompt] * len(rated.answers), rated.answers)
+        thumbs += [(s + 0.4, v) for s, v in zip(r, rated.values, strict=True) if v]
+        pairs = [
+            (w, b, 1.0) for w, b in itertools.permutations(range(len(r)), 2) if rated.values[w] > 0 > rated.values[b]
+        ]
+        pairs += [tuple(p) for p in rated.preferences]
+        losses = [softplus(0.2 * m - (r[w] - r[b])) + 0.1 * (r[w] + r[b]) ** 2 for w, b, m in pairs]
+        prompts += [sum(losses) / len(losses)] if losses else []
+    assert (len(thumbs), len(prompts)) == (7, 3)
+    loss, parts = batch_loss(judge, BATCH, options)
+    assert parts["thumb_loss"].item() == pytest.approx(sum(softplus(-v * s) for s, v in thumbs) / 7, abs=1e-5)
+    assert parts["pair_loss"].item() == pytest.approx(sum(prompts) / 3, abs=1e-5)
+    assert parts["accuracy"].item() == pytest.approx(sum((s > 0) == (v > 0) for s, v in thumbs) / 7)
+    expected = 0.7 * parts["pair_loss"].item() + 0.3 * parts["thumb_loss"].item()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_parts_of_a_batch_add_up_to_its_gradient_and_figures(judge: RewardModel, size: int) -> None:
+    """Bug of others: each part's own mean, which weighs a part with one thumb or one pair as much as a full one."""
+    options = RewardOptions(centering_coefficient=0.1)
+    loss, shares = batch_loss(judge, BATCH, options)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in judge.named_parameters()}
+    judge.zero_grad()
+    figures = Figures()
+    for start in range(0, 4, size):
+        part, found = batch_loss(judge, BATCH[start : start + size], options, counts_of(BATCH))
+        part.backward()
+        figures.add({"loss": part, **found})
+    for name, p in judge.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4)
+    whole = {"loss": loss.item(), **{name: share.item() for name, share in shares.items()}}
+    assert figures.total() == pytest.approx(whole, abs=1e-6)
 
 
 def test_a_score_does_not_depend_on_batch_mates(judge: RewardModel) -> None:
@@ -254,7 +316,6 @@ def test_a_reward_model_learns_from_preferences_alone_and_resumes_bit_for_bit(
 ) -> None:
     make_workspace(tmp_path, model, tokenizer)
     snapshot = tmp_path / "artifacts/snapshot"
-    snapshot.mkdir()
     likes, dislikes = tokenizer.encode("fine"), tokenizer.encode("hello")
     for split, count in (("train", 24), ("heldout", 6)):
         rows = []

@@ -26,6 +26,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches
     "sft": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "learning_rate": 1e-3}}),
     "sft in parts": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "micro_batch": 1}}),
     "sft lora": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5}, "lora": LORA}),
+    "reward": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "margin": 0.1, "centering_coefficient": 0.01}}),
+    "reward in parts": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "micro_batch": 1}}),
 }  # fmt: skip
 
 pytestmark = pytest.mark.slow
