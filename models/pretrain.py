@@ -17,11 +17,12 @@ from models.checkpoint import load_model, save_model
 from models.config import ModelConfig
 from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
+from models.layout import dense_layout
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, stream, torch_generator, write_curves, write_metrics
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from models.corpus import Sequences
+from models.layout import dense_layout
 from models.losses import cross_entropy
 from models.sft import collate
 from models.training import TrainingOptions
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)

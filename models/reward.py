@@ -30,11 +30,12 @@ from models.figures import Figures
 from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
+from models.layout import Layout, packed_layout
 from models.opinions import Preference, Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, batches, torch_generator
-from models.transformer import Layout, Transformer, packed_layout
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layout import Layout, dense_layout, packed_layout
 from models.losses import log_probs
-from models.transformer import Block, Layout, Transformer, dense_layout, packed_layout
+from models.transformer import Block, Transformer
 
 SPAN = 32  # attention looks at this many keys or a multiple: what is masked adds exact zeros, so the bits do not change
 PREFILL_ROWS = 8  # prompts read together: enough rows for a matrix product to run near its peak

@@ -15,13 +15,14 @@ from models.checkpoint import load_model, save_model
 from models.corpus import Sequences
 from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
+from models.layout import Layout, packed_layout
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
 from models.ranks import Ranks
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, batches, torch_generator
-from models.transformer import Layout, Transformer, packed_layout
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ D head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,48 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.layout import Layout, attend
 from models.rope import rotate, tables
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How N tokens laid end to end group into B sequences.
-
-    positions: [N] place of each token in its sequence; last: [B] index of each sequence's last token.
-    When lengths differ, attention alone looks at a padded [B, T] view: gather [B·T] takes tokens there (pads take
-    token 0; being to the right, no real query sees them under the causal mask), scatter [N] takes them back.
-    """
-
-    rows: int
-    longest: int
-    positions: Tensor
-    last: Tensor
-    gather: Tensor | None
-    scatter: Tensor | None
-
-
-def dense_layout(rows: int, length: int, device: torch.device | str = "cpu") -> Layout:
-    """B = rows sequences of equal length: no gathering is needed."""
-    positions = torch.arange(length, device=device).repeat(rows)
-    last = torch.arange(1, rows + 1, device=device) * length - 1
-    return Layout(rows, length, positions, last, None, None)
-
-
-def packed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-    """Sequences of the given lengths (each at least 1), end to end."""
-    if len(set(lengths)) == 1:
-        return dense_layout(len(lengths), lengths[0], device)
-    sizes = torch.tensor(lengths)
-    rows, longest, total = len(lengths), int(sizes.max()), int(sizes.sum())
-    ends = sizes.cumsum(0)
-    starts = ends - sizes
-    positions = torch.arange(total) - torch.repeat_interleave(starts, sizes)
-    row = torch.repeat_interleave(torch.arange(rows), sizes)
-    scatter = row * longest + positions
-    gather = torch.zeros(rows * longest, dtype=torch.long)
-    gather[scatter] = torch.arange(total)
-    to = torch.device(device)
-    return Layout(rows, longest, positions.to(to), (ends - 1).to(to), gather.to(to), scatter.to(to))
 
 
 class Attention(nn.Module):
@@ -108,28 +66,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, d] → output [N, d] (with rows [A]: [A, d], of those tokens), and the keys and values [N, K, D]."""
         q, k, v = self.split(self.qkv(x), cos, sin) if rows is None else self.split_rows(x, cos, sin, rows)
-        group = self.heads // self.kv_heads
-
-        def spread(t: Tensor, repeat: int) -> Tensor:
-            flat = t if layout.gather is None else t.index_select(0, layout.gather)
-            t = flat.view(layout.rows, layout.longest, t.shape[1], self.head_dim)
-            return (t if repeat == 1 else t.repeat_interleave(repeat, dim=2)).transpose(1, 2)
-
-        mask = band(layout.longest, self.window, x.device) if 0 < self.window < layout.longest else None
-        y = F.scaled_dot_product_attention(
-            spread(q, 1), spread(k, group), spread(v, group), attn_mask=mask, is_causal=mask is None
-        )
-        y = y.transpose(1, 2).reshape(layout.rows * layout.longest, -1)
-        if layout.scatter is not None:
-            y = y.index_select(0, layout.scatter)
+        y = attend(q, k, v, layout, self.window).flatten(1)
         return self.o(y if rows is None else y.index_select(0, rows)), k, v
-
-
-def band(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length], true where a token (row) may see another: itself and the window − 1 before it."""
-    place = torch.arange(length, device=device)
-    ago = place[:, None] - place[None, :]
-    return (ago >= 0) & (ago < window)
 
 
 class Block(nn.Module):

@@ -22,9 +22,10 @@ from benchmarks.races import work
 from models.checkpoint import save_model
 from models.config import ModelConfig
 from models.corpus import Sequences
+from models.layout import dense_layout
 from models.reward import RewardModel, save_reward_model
 from models.tokenizer import SPECIAL, Tokenizer
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 CONVERSATIONS, PAIRS = 512, 192
 MEAN_LENGTH, SPREAD = 84, 0.85  # of a log-normal's mean and sigma: padding to the longest of 8 wastes over half

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from models.checkpoint import load_model, model_hash, save_model
+from models.layout import dense_layout
 from models.tokenizer import Tokenizer
 from models.training import Checkpoints, stream
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 
 def test_a_saved_model_is_the_same_and_its_bytes_too(model: Transformer, tokenizer: Tokenizer, tmp_path) -> None:

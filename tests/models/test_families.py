@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models.checkpoint import load_model, read_weights, save_model
 from models.config import ModelConfig
 from models.huggingface import read_config, tensor_names, write_config
+from models.layout import dense_layout, packed_layout
 from models.rollout import generate
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer, dense_layout, packed_layout
+from models.transformer import Transformer
 
 TINY = {
     "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,

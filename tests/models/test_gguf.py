@@ -20,9 +20,10 @@ from models.config import ModelConfig, RopeScaling
 from models.gguf_file import _permuted, _rename, load_gguf, save_gguf
 from models.gguf_tokenizer import QWEN2
 from models.huggingface import to_huggingface
+from models.layout import dense_layout
 from models.rollout import generate
 from models.tokenizer import HuggingFaceTokenizer, Tokenizer
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,

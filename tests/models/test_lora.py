@@ -13,13 +13,14 @@ from small_stages import Killed, make_workspace, run_stage
 
 from models import lora
 from models.checkpoint import load_model, model_hash, save_model
+from models.layout import dense_layout, packed_layout
 from models.lora import LoraOptions, attach, disabled, lora_layers, merge, unmerge
 from models.optim import Optimizer
 from models.ppo import Models, PPOOptions, roll_out
 from models.reward import RewardModel
 from models.rollout import generate, sequence_logprobs
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer, dense_layout, packed_layout
+from models.transformer import Transformer
 
 IDS = torch.tensor([5, 9, 11, 200, 7, 8, 250])
 LAYOUT = packed_layout([4, 1, 2])

@@ -14,6 +14,7 @@ from small_stages import Killed, make_workspace, run_stage
 from models.checkpoint import load_model, model_hash
 from models.corpus import Sequences
 from models.ema import Average
+from models.layout import dense_layout
 from models.ppo import (
     Models,
     PPOOptions,
@@ -35,7 +36,7 @@ from models.reward import RewardModel
 from models.rollout import Answer, flatten, sequence_logprobs
 from models.tokenizer import Tokenizer
 from models.training import stream
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 

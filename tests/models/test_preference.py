@@ -14,6 +14,7 @@ from models.corpus import Sequences
 from models.dpo import Comparisons, DPOOptions, dpo_loss
 from models.job import Job
 from models.kto import KTOOptions, Thumbs, balanced_weights, kl_of, kto_loss, mismatched
+from models.layout import dense_layout
 from models.opinions import Preference, Rated
 from models.preference import (
     Answers,
@@ -24,7 +25,7 @@ from models.preference import (
 )
 from models.ptx import add_ptx_gradient, check_ptx
 from models.rollout import sequence_logprobs
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 OPINIONS = [
     Rated([7, 8, 9], [[20, 21, 2], [22, 2], [23, 24, 25, 2]], [1, -1, -1]),

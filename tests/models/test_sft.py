@@ -12,9 +12,10 @@ from small_stages import make_workspace, run_stage
 
 from models.checkpoint import load_model
 from models.corpus import Sequences, conversations
+from models.layout import dense_layout
 from models.sft import SFTOptions, answer_loss, collate, learned_tokens, micro_batches, sft_loss
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 CHATS = [
     [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am fine, thank you!"}],

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from models.checkpoint import load_model, model_hash, read_weights, save_model
+from models.layout import dense_layout
 from models.tokenizer import Tokenizer
-from models.transformer import Transformer, dense_layout
+from models.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 IDS = torch.tensor([5, 6, 7, 99, 200])

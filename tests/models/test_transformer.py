@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.layout import dense_layout, packed_layout
 from models.losses import cross_entropy, log_probs
-from models.transformer import Transformer, dense_layout, packed_layout
+from models.transformer import Transformer
 
 SEQUENCES = [[5, 9, 11, 200], [7], [8, 8, 250, 17, 3, 42, 9], [100, 101]]
 
@@ -23,12 +24,6 @@ def test_a_token_does_not_see_what_follows(model: Transformer) -> None:
     second = model(torch.tensor([5, 6, 7, 99]), dense_layout(1, 4))
     torch.testing.assert_close(first[:3], second[:3])
     assert not torch.allclose(first[3], second[3])
-
-
-def test_positions_restart_in_each_packed_sequence() -> None:
-    layout = packed_layout([3, 1, 2])
-    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1]
-    assert layout.last.tolist() == [2, 3, 5]
 
 
 @pytest.mark.parametrize(
