@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,14 +16,17 @@ from feedback.opinions import Refused
 from feedback.writer import Overloaded
 
 log = logging.getLogger("thumbwheel")
+HTTP_CODE = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 ENGINE_STATUS = {"invalid": 400, "context_length_exceeded": 400}
 
 
-def error(status: int, code: str, message: str, param: str | None = None) -> JSONResponse:
+def error(
+    status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """One error response; 503s ask to be tried again."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
+    return JSONResponse(body, status, headers=headers or ({"Retry-After": "1"} if status == 503 else None))
 
 
 def invalid(request: Request, exception: RequestValidationError) -> JSONResponse:
@@ -38,6 +42,12 @@ def engine_error(exception: EngineError) -> JSONResponse:
     return error(ENGINE_STATUS.get(exception.code, 503), exception.code, exception.message)
 
 
+def http_error(exception: HTTPException) -> JSONResponse:
+    """What the framework, or a limit, answers."""
+    code = HTTP_CODE.get(exception.status_code, "http")
+    return error(exception.status_code, code, exception.detail, headers=exception.headers)
+
+
 def install(app: FastAPI) -> None:
     """Answer every error in this shape."""
 
@@ -51,7 +61,7 @@ def install(app: FastAPI) -> None:
 
     async def on_http(request: Request, exception: Exception) -> Response:
         assert isinstance(exception, HTTPException)
-        return error(exception.status_code, "not_found" if exception.status_code == 404 else "http", exception.detail)
+        return http_error(exception)
 
     async def on_engine(request: Request, exception: Exception) -> Response:
         assert isinstance(exception, EngineError)

@@ -55,9 +55,10 @@ class Identity:
         message = b"".join(f"{len(part.encode())}:{part};".encode() for part in (purpose, *parts))
         return hmac.new(self.secret, message, hashlib.sha256).hexdigest()
 
-    def subject(self, kind: str, name: str) -> str:
-        """How a person (kind: "cookie" or "user") is called in the tables: nobody can be found from it without the key."""
-        return self.sign("subject", kind, name)[:32]
+    def subject(self, kind: str, *names: str) -> str:
+        """How a person is called in the tables: nobody can be found from it without the key. kind: "cookie", "user" (on
+        this machine), or "key" with the names of an API key and of one of its users."""
+        return self.sign("subject", kind, *names)[:32]
 
     def token(self, completion_id: str, subject: str, now: float | None = None) -> str:
         """Lets its bearer rate one answer as `subject`, for TOKEN_DAYS days."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import secrets
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from feedback import sessions
+from feedback.access import Caller
 
 router = APIRouter(include_in_schema=False)
 PAGES = Path(__file__).parent / "pages"
-COOKIE = "thumbwheel_subject"
-YEAR = 365 * 86400
 ASSETS = {"chat.css": "text/css", "chat.js": "text/javascript", "icon.svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -48,16 +48,25 @@ def language(asked: str | None, accepted: str) -> str:
 
 @router.get("/")
 async def page(request: Request, lang: Annotated[Literal["en", "zh"] | None, Query()] = None) -> Response:
-    """The page; gives a new visitor a random name that only their cookie knows."""
+    """The page; gives a new visitor a session. Who may not chat here is sent to sign in."""
+    caller: Caller = request.state.caller
+    newcomer = caller.kind == "session" and caller.session is None
+    may = request.app.state.service.settings.visitor_scopes if newcomer else caller.scopes
+    if "chat" not in may:
+        return RedirectResponse("/signin", 303, headers={"Cache-Control": "no-store"})
     spoken = language(lang, request.headers.get("accept-language", ""))
     html = pages.get_template("chat.html").render(
         lang=spoken, words=words[spoken], script_words=json.dumps(words[spoken])
     )
     response = HTMLResponse(html, headers={**SAFETY, "Cache-Control": "no-store", "Vary": "Accept-Language"})
-    if not request.cookies.get(COOKIE):
-        name = secrets.token_urlsafe(24)
-        response.set_cookie(COOKIE, name, max_age=YEAR, httponly=True, samesite="strict", path="/")
+    if caller.session is None:
+        give_session(request, response, sessions.fresh())
     return response
+
+
+def give_session(request: Request, response: Response, session: sessions.Session) -> None:
+    """Set the session's cookie; over TLS for TLS only."""
+    sessions.put_cookie(response, request.app.state.service.identity, session, request.url.scheme == "https")
 
 
 @router.get("/assets/{name}")

@@ -301,3 +301,39 @@ class ErasureRow(Table):
     flagged_at: Mapped[datetime | None] = mapped_column(
         UtcTime
     )  # when the runs and the files of snapshots were seen to
+
+
+class KeyRow(Table):
+    """One API key. The secret itself is not here: only its hash, so that a stolen database opens no door."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        UniqueConstraint("secret_sha256"),
+        CheckConstraint("name <> ''", name="name"),
+        CheckConstraint("expires_at IS NULL OR expires_at > created_at", name="expiry"),
+        {"sqlite_autoincrement": True},  # the audit names keys by number, so a number is never used again
+    )
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    name: Mapped[str] = mapped_column(String(64))
+    secret_sha256: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]] = mapped_column(JSON)
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcTime)  # to the minute
+
+
+class AuditRow(Table):
+    """Who did what to what, written in the transaction that did it. Nothing here is ever changed or deleted."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "target", "id"), {"sqlite_autoincrement": True})
+
+    id: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    actor: Mapped[str] = mapped_column(String(80))  # key:<id>, subject:<name in the tables>, command:<system user>
+    act: Mapped[str] = mapped_column(String(32))
+    target: Mapped[str] = mapped_column(String(96))  # key:<id>, feedback:<id>
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    created_at: Mapped[datetime] = mapped_column(UtcTime)

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse
 
 from feedback import opinions
+from feedback.access import Caller
 from feedback.opinions import Event, Refused, Vote
-from feedback.page import COOKIE
 from feedback.schemas import Thumb
 
 router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
@@ -22,9 +22,12 @@ User = Annotated[str | None, Query(max_length=255)]
 
 
 def speaker(request: Request, user: str | None, completion_id: str = "", token: str | None = None) -> str:
-    """The subject of a request: whom the token names, else the page's cookie, else `user`, else "loopback".
+    """The subject of a request: whom the token names, else `user` of the API key's name, else the page's session, else,
+    on this machine, `user` or "loopback".
 
-    Raises Refused 403 when a token is given that is not valid for this answer.
+    Keys of one name speak for the same people, so that a key can be replaced by another; people of keys with different
+    names are never the same. Raises Refused 403 when a token is given that is not valid for this answer, or when a
+    visitor writes without the token of the answer.
     """
     identity = request.app.state.service.identity
     if token is not None:
@@ -32,9 +35,14 @@ def speaker(request: Request, user: str | None, completion_id: str = "", token: 
             return str(identity.verify(token, completion_id))
         except ValueError as error:
             raise Refused(403, "invalid_feedback_token", str(error)) from error
-    cookie = request.cookies.get(COOKIE)
-    kind, name = ("cookie", cookie) if cookie else ("user", user or "loopback")
-    return str(identity.subject(kind, name))
+    caller: Caller = request.state.caller
+    if caller.kind == "session" and caller.key is None and completion_id and request.method != "GET":
+        raise Refused(403, "feedback_token_required", "send the X-Thumbwheel-Feedback-Token that came with the answer")
+    if caller.kind == "key" and caller.key:
+        return str(identity.subject("key", caller.key.name, user or ""))
+    if caller.session:
+        return str(identity.subject("cookie", caller.session.name))
+    return str(identity.subject("user", user or "loopback"))
 
 
 def shown(event: Event) -> dict[str, Any]:
@@ -55,7 +63,12 @@ async def write(request: Request, vote: Vote) -> JSONResponse:
 async def put_thumb(
     request: Request, completion_id: CompletionId, thumb: Thumb, token: Token = None, key: Key = None
 ) -> JSONResponse:
-    """Say what you think of an answer: 1, -1, or 0 for neither. Saying it again changes nothing."""
+    """Say what you think of an answer: 1, -1, or 0 for neither. Saying it again changes nothing.
+
+    Who says to be an expert needs the scope label.
+    """
+    if thumb.source == "human_expert" and "label" not in request.state.caller.scopes:
+        raise Refused(403, "insufficient_scope", "source: only a key with the scope 'label' speaks for experts")
     body = thumb.model_dump()
     vote = Vote(
         completion_id=completion_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -32,25 +33,15 @@ def test_importing_the_service_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_it_refuses_to_listen_where_others_could_reach_it(tmp_path: Path) -> None:
-    from feedback.service import check_loopback
+def test_beyond_loopback_it_starts_only_when_a_key_works(tmp_path: Path) -> None:
+    from feedback.service import is_loopback
 
-    for host in ("0.0.0.0", "192.168.1.4", "::", "example", ""):
-        with pytest.raises(ValueError, match="loopback only"):
-            check_loopback(host)
-    for host in ("127.0.0.1", "::1", "localhost"):
-        check_loopback(host)
-    command = [
-        sys.executable,
-        "-m",
-        "feedback.service",
-        "--host",
-        "0.0.0.0",
-        "--database-url",
-        f"sqlite:///{tmp_path}/x",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "has no keys yet" in done.stderr
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "192.168.1.4", "::", "example", ""))
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.0.0.9", "::1", "localhost"))
+    command = [sys.executable, "-m", "feedback.service", "--database-url", f"sqlite:///{tmp_path}/x"]
+    for host, env in (("0.0.0.0", {}), ("127.0.0.1", {"THUMBWHEEL_REQUIRE_KEYS": "1"})):
+        done = subprocess.run([*command, "--host", host], capture_output=True, text=True, env={**os.environ, **env})
+        assert done.returncode == 2 and "thumbwheel key create" in done.stderr
 
 
 def test_an_answer_in_openais_schema_is_committed_when_it_arrives(server: Any) -> None:
