@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ Emit = Callable[[dict[str, Any]], None]
 Messages = Sequence[Mapping[str, str]]
 SOURCE = "simulated"
 USER = "simulated-rater"
+KEY = "THUMBWHEEL_API_KEY"
 PROMPTS = "artifacts/curate/prompts.train.jsonl"
 REPORT_SECONDS = 0.5
 MOST_PAUSE = 5.0
@@ -209,7 +211,9 @@ def _connection(url: str, trust: ssl.SSLContext) -> httpx.AsyncClient:
 
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
     # trust_env=False: a proxy of the environment has no business with a loopback address
-    return httpx.AsyncClient(base_url=url, verify=trust, limits=limits, timeout=60.0, trust_env=False)
+    key = os.environ.get(KEY)  # where the service asks for one: scopes chat and rate
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(base_url=url, verify=trust, limits=limits, headers=headers, timeout=60.0, trust_env=False)
 
 
 async def _address(look: Callable[[], str | None], patience: float) -> str:

@@ -80,3 +80,16 @@ def test_a_folder_that_is_no_workspace_is_named(tmp_path: Path, monkeypatch: pyt
     result = CliRunner().invoke(app, ["config"])
     assert result.exit_code == 1
     assert "params.yaml is missing" in result.output
+
+
+def test_keys_are_made_shown_once_listed_and_revoked(root: Path) -> None:
+    made = CliRunner().invoke(app, ["key", "create", "--scope", "chat", "--scope", "rate", "my app"])
+    assert made.exit_code == 0 and made.stdout.startswith("tw_") and len(made.stdout.split()) == 1
+    secret = made.stdout.strip()
+    listed = CliRunner().invoke(app, ["key", "list"]).stdout
+    assert "my app" in listed and "chat,rate" in listed and "works" in listed and secret not in listed
+    assert "is revoked" in CliRunner().invoke(app, ["key", "revoke", "1"]).stdout
+    assert "revoked" in CliRunner().invoke(app, ["key", "list"]).stdout
+    assert "no key 9" in CliRunner().invoke(app, ["key", "revoke", "9"]).stderr
+    wrong = CliRunner().invoke(app, ["key", "create", "--scope", "fly", "x"])
+    assert wrong.exit_code == 1 and "no scope fly" in wrong.stderr
