@@ -28,7 +28,7 @@ from models.base import ModelSection, base_hash
 from models.dpo import DPOOptions
 from models.kto import KTOOptions
 from models.lora import LoraOptions
-from models.ppo import PPOOptions
+from models.ppo_options import PPOOptions
 from models.pretrain import PretrainOptions
 from models.reward import RewardOptions
 from models.sft import SFTOptions

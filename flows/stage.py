@@ -54,7 +54,7 @@ STAGES: dict[str, Body] = {
     "sft": Body("models.sft", TRAINING, shared=True),
     "snapshot": Body("flows.snapshot"),
     "reward": Body("models.reward", TRAINING, shared=True),
-    "ppo": Body("models.ppo", TRAINING),
+    "ppo": Body("models.ppo", TRAINING, shared=True),
     "dpo": Body("models.dpo", TRAINING),
     "kto": Body("models.kto", TRAINING),
     "judge": Body("flows.judge"),

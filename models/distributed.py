@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.ranks import Ranks
 
 Module = TypeVar("Module", bound=nn.Module)
+Item = TypeVar("Item")
 
 
 def join(device: str) -> Ranks:
@@ -62,6 +63,15 @@ def sum_tensor(values: Tensor) -> Tensor:
     if _together():
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)
+    return values
+
+
+def everyone(value: Item) -> list[Item]:
+    """What each process gives here, in their order; tensors must be on the CPU. Alone, [value]."""
+    if not _together():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from models.distributed import like
 
 
 class Average:
@@ -25,12 +27,15 @@ class Average:
     @torch.no_grad()
     def apply(self) -> None:
         """Write the average into the module: done once, when training has ended."""
-        torch._foreach_copy_(self.parameters, self.means)
+        for parameter, mean in zip(self.parameters, self.means, strict=True):
+            parameter.copy_(mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, in the order of the module's parameters."""
-        return {"means": self.means}
+        """The averages by their place among the module's parameters."""
+        return {str(i): mean for i, mean in enumerate(self.means)}
 
-    def load_state_dict(self, state: dict[str, Sequence[Tensor]]) -> None:
-        """The inverse of state_dict."""
-        torch._foreach_copy_(self.means, list(state["means"]))
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of state_dict, of whole tensors."""
+        for i, mean in enumerate(self.means):
+            mean.copy_(like(state[str(i)], mean))

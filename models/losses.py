@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,3 +93,60 @@ def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: floa
     The temperature divides logits everywhere a policy is asked (sampling, ratio, KL), as in Ziegler et al. 2019.
     """
     return _LogProbs.apply(hidden, weight, targets, temperature)
+
+
+class _LogProbLoss(torch.autograd.Function):
+    """A loss of log-probabilities with its gradient made in the forward pass, so that each chunk's logits are made once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        losses: Callable[[Tensor, slice], Tensor],
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows = slice(start, min(start + CHUNK, hidden.shape[0]))
+            logits = F.linear(hidden[rows], weight).float()
+            logp = torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1)
+            with torch.enable_grad():
+                chosen = logp.gather(1, targets[rows, None])[:, 0].requires_grad_()
+                loss = losses(chosen, rows).sum()
+                (slope,) = torch.autograd.grad(loss, chosen)
+            total += loss.detach()
+            out[rows] = chosen.detach()
+            slope = slope[:, None] / temperature
+            grad = logp.exp_().mul_(-slope).scatter_add_(1, targets[rows, None], slope).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.t(), hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(out)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        scaled = [None if g is None else g * grads[0] for g in ctx.saved_tensors]
+        return *scaled, None, None, None
+
+
+def log_prob_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    losses: Callable[[Tensor, slice], Tensor],
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The sum of losses(logp of a chunk, its rows), a loss of each token by its own log-probability alone, and logp [rows].
+
+    The arguments are those of log_probs; `losses` takes [chunk] in fp32 and gives [chunk]. The gradient goes to hidden and
+    weight; what is known of logp is for statistics. One product with the output layer less than log_probs and its backward.
+    """
+    return _LogProbLoss.apply(hidden, weight, targets, losses, temperature)

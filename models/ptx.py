@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.corpus import Sequences
 from models.layout import dense_layout
 from models.losses import cross_entropy
-from models.sft import collate
+from models.ranks import ALONE, Ranks
+from models.sft import by_length, collate, learned_tokens
 from models.training import TrainingOptions
 from models.transformer import Transformer
 
@@ -29,8 +31,11 @@ class PtxOptions(TrainingOptions):
         self.not_negative("ptx_coefficient", "ptx_batch_size", "ptx_conversations")
 
 
-def check_ptx(section: str, options: PtxOptions, tokens: int, conversations: int, window: int) -> None:
-    """Raises ValueError, with the section's name, when there is less text to keep in mind than one draw takes."""
+def check_ptx(
+    section: str, options: PtxOptions, tokens: int, conversations: int, window: int, ranks: Ranks = ALONE
+) -> None:
+    """Raises ValueError, with the section's name, when there is less text to keep in mind than one draw takes, or when a draw
+    has fewer windows or conversations than there are processes."""
     if not options.ptx_coefficient:
         return
     if options.ptx_batch_size and tokens <= window:
@@ -40,29 +45,44 @@ def check_ptx(section: str, options: PtxOptions, tokens: int, conversations: int
         )
     if options.ptx_conversations and not conversations:
         raise ValueError(f"{section}.ptx_conversations draws SFT conversations, there are none: set it to 0")
+    for name in ("ptx_batch_size", "ptx_conversations"):
+        if 0 < getattr(options, name) < ranks.size:
+            raise ValueError(
+                f"{section}.{name} {getattr(options, name)} cannot be shared by {ranks.size} processes: set it to 0 or to "
+                f"{ranks.size} or more"
+            )
 
 
 def add_ptx_gradient(
-    policy: Transformer, tokens: np.ndarray, chats: Sequences, options: PtxOptions, draw: np.random.Generator
+    policy: Transformer,
+    tokens: np.ndarray,
+    chats: Sequences,
+    options: PtxOptions,
+    draw: np.random.Generator,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Add γ·gradient of the language-modelling loss on drawn windows and conversations to the gradient that is there.
 
-    tokens: the pretraining text [tokens]. Returns the loss.
+    tokens: the pretraining text [tokens]. Each process takes its part of what all draw. Returns the loss of this part, which
+    sums over the processes to the whole.
     """
     device, length = policy.embedding.weight.device, policy.config.text_window
-    parts = []
-    if options.ptx_batch_size:
-        starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size)
-        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
-        layout = dense_layout(options.ptx_batch_size, length, device)
-        parts.append((policy(ids[:, :-1].reshape(-1), layout), ids[:, 1:].reshape(-1)))
-    if options.ptx_conversations:
-        batch = collate(chats, draw.integers(0, len(chats), options.ptx_conversations).tolist(), str(device))
-        parts.append((policy(batch.tokens, batch.layout).index_select(0, batch.rows), batch.targets))
     total = 0.0
-    for hidden, targets in parts:
-        weights = torch.full(targets.shape, 1 / len(targets), device=device)
+
+    def add(hidden: Tensor, targets: Tensor, count: int) -> float:
+        weights = torch.full(targets.shape, 1 / count, device=device)
         loss = cross_entropy(hidden, policy.head_weight, targets, weights)
-        (options.ptx_coefficient * loss).backward()
-        total += loss.item()
+        (options.ptx_coefficient * ranks.size * loss).backward()
+        return loss.item()
+
+    if options.ptx_batch_size:
+        starts = ranks.part(draw.integers(0, len(tokens) - length, options.ptx_batch_size).tolist())
+        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
+        hidden = policy(ids[:, :-1].reshape(-1), dense_layout(len(starts), length, device))
+        total += add(hidden, ids[:, 1:].reshape(-1), options.ptx_batch_size * length)
+    if options.ptx_conversations:
+        chosen = draw.integers(0, len(chats), options.ptx_conversations).tolist()
+        batch = collate(chats, ranks.part(by_length(chats, chosen)), str(device))
+        hidden = policy(batch.tokens, batch.layout, batch.rows)
+        total += add(hidden, batch.targets, learned_tokens(chats, chosen))
     return total

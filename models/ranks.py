@@ -38,3 +38,6 @@ class Ranks:
             part = items[start : start + step]
             mine = part[self.rank :: self.size]
             yield (mine, 1.0) if mine else (part[:1], 0.0)
+
+
+ALONE = Ranks()

@@ -13,10 +13,12 @@ from small_stages import Killed, make_workspace, run_stage
 
 from models import lora
 from models.checkpoint import load_model, model_hash, save_model
+from models.critic import Critic
+from models.episodes import Models, roll_out
 from models.layout import dense_layout, packed_layout
 from models.lora import LoraOptions, attach, disabled, lora_layers, merge, unmerge
 from models.optim import Optimizer
-from models.ppo import Models, PPOOptions, roll_out
+from models.ppo_options import PPOOptions
 from models.reward import RewardModel
 from models.rollout import generate, sequence_logprobs
 from models.tokenizer import Tokenizer
@@ -250,7 +252,7 @@ def test_the_reference_of_ppo_is_the_policy_with_its_updates_off(model: Transfor
     judge = RewardModel(copy_of(model)).initialize(torch.Generator().manual_seed(5)).eval()
     asked = [[7, 8, 9], [30], [40, 41], [50, 51, 52, 53]]
     options = PPOOptions(batch_size=4, max_new_tokens=8)
-    rollout = roll_out(Models(adapted, judge, None, judge), asked, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    rollout = roll_out(Models(adapted, Critic(judge), None, judge), asked, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
     ids = [answer.ids for answer in rollout.answers]
     for logp, net in ((rollout.logp, adapted), (rollout.ref_logp, model)):
         for i, expected in enumerate(sequence_logprobs(net, asked, ids)):

@@ -1,5 +1,6 @@
-"""The formulas of PPO, and whole iterations of it, against numbers worked out by hand or by another way of computing."""
+"""Episodes, steps and whole iterations of PPO against numbers worked out by hand or by another way of computing."""
 
+import copy
 import csv
 import math
 from dataclasses import replace
@@ -11,26 +12,16 @@ import pytest
 import torch
 from small_stages import Killed, make_workspace, run_stage
 
+from models import episodes
+from models.advantages import kl_estimate
 from models.checkpoint import load_model, model_hash
 from models.corpus import Sequences
+from models.critic import Critic, ValueHead
 from models.ema import Average
+from models.episodes import Models, Rollout, pad, roll_out, statistics
 from models.layout import dense_layout
-from models.ppo import (
-    Models,
-    PPOOptions,
-    Rollout,
-    Updater,
-    adapt_kl,
-    advantages_and_returns,
-    kl_estimate,
-    pad,
-    policy_loss,
-    roll_out,
-    statistics,
-    token_rewards,
-    value_loss,
-    whiten,
-)
+from models.ppo import Batch, Updater
+from models.ppo_options import PPOOptions
 from models.ptx import add_ptx_gradient, check_ptx
 from models.reward import RewardModel
 from models.rollout import Answer, flatten, sequence_logprobs
@@ -41,153 +32,14 @@ from models.transformer import Transformer
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
-def test_the_score_lands_on_the_last_answer_token_and_the_kl_on_each() -> None:
-    logp = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0]])
-    ref = torch.tensor([[-1.5, -2.0, -2.0], [-3.0, 5.0, 5.0]])
-    rewards = token_rewards(torch.tensor([10.0, 20.0]), logp, ref, MASK, beta=0.1)
-    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.0, 10.1], [19.8, 0.0, 0.0]]))
-
-
-def test_rewards_of_an_answer_sum_to_score_minus_beta_kl() -> None:
-    g = torch.Generator().manual_seed(0)
-    logp, ref, scores = torch.randn(2, 3, generator=g), torch.randn(2, 3, generator=g), torch.tensor([0.5, -0.25])
-    rewards = token_rewards(scores, logp, ref, MASK, beta=0.3)
-    kl = ((logp - ref) * MASK).sum(1)
-    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * kl)
-
-
-def test_kl_estimates_by_hand_and_within_bounds() -> None:
-    """x = ln 2: k1 = .693, k2 = .240, k3 = 1/2 − 1 + .693; x = −ln 2: k3 = 2 − 1 − .693; x = −90 counts as −20."""
-    x = torch.tensor([math.log(2), -math.log(2), 0.0])
-    zero = torch.zeros(3)
-    torch.testing.assert_close(kl_estimate(x, zero, "k1"), torch.tensor([0.693147, -0.693147, 0.0]))
-    torch.testing.assert_close(kl_estimate(x, zero, "k2"), torch.tensor([0.240227, 0.240227, 0.0]))
-    torch.testing.assert_close(kl_estimate(x, zero, "k3"), torch.tensor([0.193147, 0.306853, 0.0]))
-    far = torch.tensor([-90.0, 90.0])
-    assert kl_estimate(far, torch.zeros(2), "k3").tolist() == pytest.approx([math.exp(20) - 21, 19.0])
-    assert kl_estimate(far, torch.zeros(2), "k2").tolist() == [200.0, 200.0]
-    small = torch.linspace(-1e-3, 1e-3, 2001)
-    assert (kl_estimate(small, torch.zeros(2001), "k3") >= 0).all()
-
-
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_estimates_agree_with_the_sum_over_the_vocabulary(estimator: str) -> None:
-    """k1 and k3 have the true KL as their mean; k2 has half the mean square."""
-    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
-    mean = (p * kl_estimate(p.log(), q.log(), estimator)).sum().item()
-    true = sum(a * math.log(a / b) for a, b in ((0.5, 0.2), (0.3, 0.2), (0.2, 0.6)))
-    half_square = sum(a * math.log(a / b) ** 2 / 2 for a, b in ((0.5, 0.2), (0.3, 0.2), (0.2, 0.6)))
-    assert mean == pytest.approx(half_square if estimator == "k2" else true, abs=1e-6)
-
-
-def test_rewards_of_an_answer_sum_to_score_minus_beta_kl_for_each_estimator() -> None:
-    logp, ref = [[-1.0, -2.0, -0.5], [-3.0, 8.0, 8.0]], [[-1.5, -1.0, -0.5], [-2.0, 5.0, 1.0]]
-    formulas = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}
-    for estimator, formula in formulas.items():
-        got = token_rewards(torch.tensor([4.0, 5.0]), torch.tensor(logp), torch.tensor(ref), MASK, 0.2, estimator)
-        kl = [sum(formula(a - b) for a, b in zip(logp[i][:n], ref[i][:n], strict=True)) for i, n in ((0, 3), (1, 1))]
-        assert got.sum(1).tolist() == pytest.approx([4.0 - 0.2 * kl[0], 5.0 - 0.2 * kl[1]])
-
-
-def test_what_stands_in_the_padding_changes_nothing_nor_how_much_there_is() -> None:
-    g = torch.Generator().manual_seed(4)
-    lengths = [5, 2, 1, 4]
-    mask = torch.tensor([[t < n for t in range(5)] for n in lengths])
-    wide = torch.tensor([[t < n for t in range(9)] for n in lengths])
-    first = {name: torch.randn(4, 5, generator=g) for name in ("logp", "ref", "values")}
-    scores = torch.randn(4, generator=g)
-
-    def outcome(x: dict[str, torch.Tensor], mask: torch.Tensor) -> list[torch.Tensor]:
-        rewards = token_rewards(scores, x["logp"], x["ref"], mask, 0.3, "k3")
-        advantages, returns = advantages_and_returns(rewards, x["values"], mask, 0.9, 0.8)
-        return [y[mask] for y in (rewards, advantages, returns, whiten(advantages, mask), whiten(rewards, mask, False))]
-
-    padded = {name: torch.full((4, 9), 1e6).masked_scatter(wide, x[mask]) for name, x in first.items()}
-    for a, b in zip(outcome(first, mask), outcome(padded, wide), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_gae_equals_the_sum_of_discounted_errors() -> None:
-    """A_t = Σ_l (γλ)^l δ_{t+l}, by loops in float64."""
-    rng = np.random.default_rng(0)
-    lengths, gamma, lam = [7, 1, 4], 0.93, 0.81
-    rewards, values = rng.normal(size=(3, 7)), rng.normal(size=(3, 7))
-    mask = torch.tensor([[t < n for t in range(7)] for n in lengths])
-    got, returns = advantages_and_returns(torch.tensor(rewards * mask.numpy()), torch.tensor(values), mask, gamma, lam)
-    for i, n in enumerate(lengths):
-        for t in range(n):
-            expected = 0.0
-            for later in range(t, n):
-                following = values[i, later + 1] if later + 1 < n else 0.0
-                expected += (gamma * lam) ** (later - t) * (rewards[i, later] + gamma * following - values[i, later])
-            assert got[i, t].item() == pytest.approx(expected)
-            assert returns[i, t].item() == pytest.approx(expected + values[i, t])
-    assert not got[~mask].any() and not returns[~mask].any()
-
-
-def test_gae_by_hand() -> None:
-    """γ = 0.5, λ = 0.5: δ = [1 + .5·2 − 1, 0 + .5·4 − 2, 3 − 4] = [1, 0, −1]; A₂ = −1, A₁ = −.25, A₀ = .9375."""
-    rewards = torch.tensor([[1.0, 0.0, 3.0], [2.0, 0.0, 0.0]])
-    values = torch.tensor([[1.0, 2.0, 4.0], [0.5, 7.0, 7.0]])
-    advantages, returns = advantages_and_returns(rewards, values, MASK, gamma=0.5, lam=0.5)
-    torch.testing.assert_close(advantages, torch.tensor([[0.9375, -0.25, -1.0], [1.5, 0.0, 0.0]]))
-    torch.testing.assert_close(returns, torch.tensor([[1.9375, 1.75, 3.0], [2.0, 0.0, 0.0]]))
-
-
-def test_gae_without_discount_is_return_minus_value() -> None:
-    rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.1, 0.2, 0.3]])
-    advantages, _ = advantages_and_returns(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=1.0)
-    torch.testing.assert_close(advantages, torch.tensor([[6.0, 5.0, 3.0]]) - values)
-
-
-def test_whitening_is_masked_and_can_keep_the_mean() -> None:
-    x = torch.tensor([[1.0, 2.0, 3.0], [6.0, 999.0, -999.0]])  # mean 3, variance (4 + 1 + 0 + 9)/4 = 3.5
-    centred = whiten(x, MASK)
-    torch.testing.assert_close(centred[MASK], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(3.5))
-    kept = whiten(x, MASK, shift_mean=False)
-    torch.testing.assert_close(kept[MASK], centred[MASK] + 3.0)
-    assert not centred[~MASK].any()
-
-
-def test_policy_loss_takes_the_worse_of_both() -> None:
-    """ρ = [1.5, 1.5, .5, .5], A = [1, −1, 1, −1], ε = .2 → [−1.2, 1.5, −.5, .8], mean .15."""
-    logp = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    loss, stats = policy_loss(logp, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), 0.2)
-    assert loss.item() == pytest.approx(0.15)
-    assert stats["policy/clip_fraction"] == 1.0
-
-
-def test_dual_clip_bounds_what_a_bad_answer_costs() -> None:
-    """ρ = 10: A = −1 costs 10 without it and c = 3 with it; A = 1 is clipped at 1.2 as before; ρ = 2, A = −1 stays 2."""
-    logp = torch.tensor([10.0, 10.0, 2.0]).log()
-    advantages = torch.tensor([-1.0, 1.0, -1.0])
-    assert policy_loss(logp, torch.zeros(3), advantages, 0.2)[0].item() == pytest.approx((10 - 1.2 + 2) / 3)
-    assert policy_loss(logp, torch.zeros(3), advantages, 0.2, 3.0)[0].item() == pytest.approx((3 - 1.2 + 2) / 3)
-    logp.requires_grad_()
-    policy_loss(logp, torch.zeros(3), advantages, 0.2, 3.0)[0].backward()
-    assert logp.grad.tolist() == pytest.approx([0.0, 0.0, 2 / 3])
-
-
-def test_value_loss_takes_the_larger_of_both() -> None:
-    """V = 2, V_old = 1, ε = .2 → clipped 1.2; R = 2.5: max(.25, 1.69)/2; R = 1: max(1, .04)/2."""
-    loss = value_loss(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([2.5, 1.0]), 0.2)
-    assert loss.item() == pytest.approx((1.69 + 1.0) / 4)
-
-
-def test_the_kl_controller_in_closed_form() -> None:
-    assert adapt_kl(0.1, kl=6.6, target=6.0, episodes=64, horizon=640) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert adapt_kl(0.1, kl=60.0, target=6.0, episodes=64, horizon=640) == pytest.approx(0.1 * 1.02)
-    assert adapt_kl(0.1, kl=-5.0, target=6.0, episodes=64, horizon=640) == pytest.approx(0.1 * 0.98)
-
-
 @pytest.fixture
 def four(model: Transformer) -> Models:
     """Policy, critic, reference and reward model, the reference a copy of the policy."""
     copies = [Transformer(model.config) for _ in range(3)]
-    for copy in copies:
-        copy.load_state_dict(model.state_dict())
+    for each in copies:
+        each.load_state_dict(model.state_dict())
     heads = [RewardModel(c).initialize(torch.Generator().manual_seed(5)).eval() for c in copies[:2]]
-    return Models(model, heads[0], copies[2].eval(), heads[1])
+    return Models(model, Critic(heads[0]), copies[2].eval(), heads[1])
 
 
 PROMPTS = [[7, 8, 9], [30], [40, 41], [50, 51, 52, 53]]
@@ -201,7 +53,7 @@ def test_a_fresh_policy_has_no_kl_and_the_first_ratio_is_one(four: Models) -> No
     ids = [a.ids for a in rollout.answers]
     flat = flatten(PROMPTS, ids, "cpu")
     logp = torch.log_softmax(four.policy.logits(four.policy(flat.tokens, flat.layout)[flat.rows]), -1)
-    again = pad(logp.gather(1, flat.targets[:, None])[:, 0], [len(i) for i in ids])
+    again = pad(logp.gather(1, flat.targets[:, None])[:, 0].split([len(i) for i in ids]))
     torch.testing.assert_close(again[rollout.mask], rollout.logp[rollout.mask], atol=1e-5, rtol=0)
     advantages = rollout.advantages[rollout.mask]
     assert advantages.mean().item() == pytest.approx(0, abs=1e-5)
@@ -394,6 +246,9 @@ def test_options_that_make_no_sense_are_refused() -> None:
         ({"clip_range": 0.0}, "clip_range must be above 0"),
         ({"ptx_coefficient": -1.0}, "ptx_coefficient must not be negative"),
         ({"kl_target": 6.0, "kl_horizon": 19}, "kl_horizon 19 must be at least batch_size 96"),
+        ({"critic": "none"}, "critic must be own or shared, not none"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"rollout_correction": 0.5}, "rollout_correction must be at least 1"),
         ({"kl_target": 6.0, "kl_coefficient": 0.0}, "kl_coefficient above 0 to start from"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -454,3 +309,168 @@ def test_what_is_saved_with_ema_is_the_average(model: Transformer, tokenizer: To
         run_stage(tmp_path, "ppo", tmp_path / "again", params, killed_after=3)
     again, _ = run_stage(tmp_path, "ppo", tmp_path / "again", params)
     assert model_hash(again / "model") == model_hash(whole / "model") != model_hash(last / "model")
+
+
+def gradients_of(models: Models, options: PPOOptions, rollout: Rollout) -> dict[str, torch.Tensor]:
+    """What one step on the whole rollout finds, by the optimizers' first moments: a tenth of the gradient."""
+    updater = updater_of(models, options)
+    updater.update(rollout, 1, 0)
+    found = {}
+    for name, module, optimizer in (
+        ("policy", models.policy, updater.policy_optimizer),
+        ("critic", models.critic, updater.critic_optimizer),
+    ):
+        for key, p in module.named_parameters():
+            found[f"{name}.{key}"] = optimizer.inner.state[p]["exp_avg"]
+    return found
+
+
+def copied(models: Models) -> Models:
+    return Models(*(copy.deepcopy(m) for m in models))
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_the_gradient_is_the_same_however_a_minibatch_is_cut(four: Models, critic: str) -> None:
+    """Answers of 1 to 8 tokens: a mean of the parts' means would differ."""
+    options = PPOOptions(
+        batch_size=4, minibatches=1, epochs=1, max_new_tokens=8, ptx_coefficient=0, critic=critic, clip_norm=1e9,
+        learning_rate=1e-12, critic_learning_rate=1e-12, reward="score",
+    )  # fmt: skip
+    models = four if critic == "own" else four._replace(critic=random_head(four.policy))
+    rollout = roll_out(models, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=range(2, 80))
+    assert len({len(a.ids) for a in rollout.answers}) > 1
+    whole = gradients_of(copied(models), options, rollout)
+    for size in (1, 3):
+        parts = gradients_of(copied(models), replace(options, micro_batch=size), rollout)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-3, msg=f"{size}: {name}")
+
+
+def random_head(policy: Transformer) -> ValueHead:
+    head = ValueHead(policy)
+    with torch.no_grad():
+        head.linear.weight.normal_(generator=torch.Generator().manual_seed(3))
+    return head
+
+
+def test_the_step_has_the_gradient_of_the_plain_formula(four: Models) -> None:
+    """Policy and critic by logits of everything and autograd, at a temperature, with ratios away from 1."""
+    options = PPOOptions(
+        batch_size=4, minibatches=1, epochs=1, max_new_tokens=8, ptx_coefficient=0, clip_norm=1e9, temperature=0.7,
+        learning_rate=1e-12, critic_learning_rate=1e-12, reward="score",
+    )  # fmt: skip
+    rollout = roll_out(four, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    moved = torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+    rollout = rollout._replace(logp=rollout.logp + moved, values=rollout.values + moved)
+    found = gradients_of(four, options, rollout)
+    total, value = torch.zeros(()), torch.zeros(())
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, rollout.answers, strict=True)):
+        n, ids = len(answer.ids), torch.tensor([*prompt, *answer.ids])
+        rows = slice(len(prompt) - 1, len(ids) - 1)
+        hidden = four.policy(ids[:-1], dense_layout(1, len(ids) - 1))[rows]
+        logp = torch.log_softmax(four.policy.logits(hidden) / 0.7, -1)[torch.arange(n), ids[len(prompt) :]]
+        ratio, a = (logp - rollout.logp[i, :n]).exp(), rollout.advantages[i, :n]
+        total = total - torch.minimum(a * ratio, a * ratio.clamp(0.8, 1.2)).sum()
+        v = four.critic.head(four.critic.trunk(ids[:-1], dense_layout(1, len(ids) - 1)))[rows, 0]
+        old, returns = rollout.values[i, :n], rollout.returns[i, :n]
+        near = old + (v - old).clamp(-0.2, 0.2)
+        value = value + torch.maximum((v - returns) ** 2, (near - returns) ** 2).sum() / 2
+    count = int(rollout.mask.sum())
+    four.policy.zero_grad()
+    four.critic.zero_grad()
+    ((total + value) / count).backward()
+    for part, module in (("policy", four.policy), ("critic", four.critic)):
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(found[f"{part}.{name}"], 0.1 * p.grad, atol=2e-6, rtol=1e-3, msg=name)
+
+
+def test_a_shared_critic_starts_at_nothing_and_reads_the_policys_states(four: Models) -> None:
+    options = PPOOptions(batch_size=4, max_new_tokens=8, critic="shared")
+    head = ValueHead(four.policy)
+    models = four._replace(critic=head)
+    rollout = roll_out(models, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    assert not rollout.values.any()
+    with torch.no_grad():
+        head.linear.weight[0, 5] = 2.0
+        head.linear.bias.fill_(0.25)
+    rollout = roll_out(models, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    for i, (prompt, answer) in enumerate(zip(PROMPTS, rollout.answers, strict=True)):
+        ids = torch.tensor([*prompt, *answer.ids])
+        hidden = four.policy(ids[:-1], dense_layout(1, len(ids) - 1))[len(prompt) - 1 :]
+        torch.testing.assert_close(rollout.values[i][rollout.mask[i]], 2 * hidden[:, 5] + 0.25, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shared_critics_loss_moves_the_policy_by_its_coefficient(four: Models) -> None:
+    """Without advantages the policy's gradient is the value loss's alone, times the coefficient; the head's too."""
+    options = PPOOptions(
+        batch_size=4, minibatches=1, epochs=1, max_new_tokens=8, ptx_coefficient=0, critic="shared", clip_norm=1e9,
+        learning_rate=1e-12, critic_learning_rate=1e-12, value_coefficient=0.3,
+    )  # fmt: skip
+    models = four._replace(critic=random_head(four.policy))
+    rollout = roll_out(models, PROMPTS, [1, 2, 3, 4], options, beta=0.1, stop_id=2)
+    rollout = rollout._replace(advantages=torch.zeros_like(rollout.advantages))
+    found = gradients_of(models, options, rollout)
+    flat = flatten(PROMPTS, [a.ids for a in rollout.answers], "cpu")
+    values = models.critic.linear(four.policy(flat.tokens, flat.layout)[flat.rows])[:, 0]
+    models.critic.zero_grad()
+    four.policy.zero_grad()
+    (0.3 * 0.5 * (values - rollout.returns[rollout.mask]).square().mean()).backward()
+    for part, module in (("policy", four.policy), ("critic", models.critic)):
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(found[f"{part}.{name}"], 0.1 * p.grad, atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_answers_of_another_sampler_weigh_what_the_trainer_thinks_of_them(
+    four: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler says it was half as sure of its first token, a tenth as sure of the last: weights 2 and the cap of 3."""
+    plain = PPOOptions(batch_size=4, max_new_tokens=6, reward="score")
+    sampler = episodes.generate
+
+    def other(*args: object, **kwargs: object) -> list[Answer]:
+        made = sampler(*args, **kwargs)
+        changes = [[math.log(2), *[0.0] * (len(a.ids) - 2), math.log(10)] for a in made]
+        return [
+            replace(a, logprobs=[p - c for p, c in zip(a.logprobs, change, strict=True)])
+            for a, change in zip(made, changes, strict=True)
+        ]
+
+    expected = roll_out(four, PROMPTS, [1, 2, 3, 4], plain, beta=0.1, stop_id=2)
+    monkeypatch.setattr(episodes, "generate", other)
+    unweighted = roll_out(four, PROMPTS, [1, 2, 3, 4], plain, beta=0.1, stop_id=2)
+    torch.testing.assert_close(unweighted.advantages, expected.advantages)
+    got = roll_out(four, PROMPTS, [1, 2, 3, 4], replace(plain, rollout_correction=3.0), beta=0.1, stop_id=2)
+    torch.testing.assert_close(got.logp, expected.logp)  # the trainer's own, whatever the sampler says
+    torch.testing.assert_close(got.returns, expected.returns)
+    for i, answer in enumerate(got.answers):
+        n = len(answer.ids)
+        weights = torch.tensor([2.0, *[1.0] * (n - 2), 3.0])
+        torch.testing.assert_close(got.advantages[i, :n], expected.advantages[i, :n] * weights, atol=1e-4, rtol=1e-4)
+    lengths = [len(a.ids) for a in got.answers]
+    mean = sum(2 + (n - 2) + 3 for n in lengths) / sum(lengths)
+    assert statistics(got, 0.1)["rollout/correction"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_largest_batch_is_tried_before_the_first_step(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    _, events = run_stage(tmp_path, "ppo", tmp_path / "good", {"ppo": RUN | {"iterations": 1}})
+    assert [e["event"] for e in events] == ["estimate", "metrics"]
+    assert events[0]["seconds"] >= 0 and events[0]["memory"] > 10**7
+    seen = []
+    real = Updater.policy_loss
+
+    def too_much(self: Updater, batch: Batch) -> object:
+        seen.append(batch)
+        if len(seen) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(self, batch)
+
+    monkeypatch.setattr(Updater, "policy_loss", too_much)
+    longest = int(np.diff(Sequences.load(tmp_path / "artifacts/tokenize/prompts.train.npz").offsets).max())
+    message = f"ppo: a batch of 3 prompts of {longest} tokens with answers of 6 with a model of .* set ppo.micro_batch"
+    with pytest.raises(MemoryError, match=message):
+        run_stage(tmp_path, "ppo", tmp_path / "bad", {"ppo": RUN | {"micro_batch": 3}})
+    assert len(seen[0].flat.tokens) == 3 * (longest + 5)
+    assert not list((tmp_path / "bad/output").iterdir())

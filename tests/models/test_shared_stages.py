@@ -1,4 +1,4 @@
-"""SFT, reward model, DPO and KTO in two processes (gloo, FSDP2): one process's losses, and checkpoints that go both ways."""
+"""SFT, reward model, PPO, DPO and KTO in two processes (gloo, FSDP2): one process's losses, and checkpoints that go both ways."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 COMMON = {"checkpoint_every": 2, "log_every": 1, "warmup_steps": 1}
+PPO = COMMON | {  # answers of up to 5 tokens, 3 at a time in each process: their text is promised per width
+    "iterations": 6, "batch_size": 6, "minibatches": 2, "epochs": 1, "max_new_tokens": 5, "rollout_width": 3,
+    "ptx_conversations": 3, "learning_rate": 1e-3, "critic_learning_rate": 1e-3,
+}  # fmt: skip
 LORA = {"rank": 2, "alpha": 4.0}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches of 5: the last of an epoch has 4
     "sft": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "learning_rate": 1e-3}}),
@@ -28,6 +32,9 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches
     "sft lora": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5}, "lora": LORA}),
     "reward": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "margin": 0.1, "centering_coefficient": 0.01}}),
     "reward in parts": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "micro_batch": 1}}),
+    "ppo": ("ppo", {"ppo": PPO | {"kl_target": 2.0, "kl_horizon": 40, "ema_decay": 0.7, "whiten_rewards": True}}),
+    "ppo shared critic": ("ppo", {"ppo": PPO | {"critic": "shared", "rollout_correction": 1.5}}),
+    "ppo lora in parts": ("ppo", {"ppo": PPO | {"micro_batch": 1, "missing_eos_penalty": -1.0}, "lora": LORA}),
 }  # fmt: skip
 
 pytestmark = pytest.mark.slow
