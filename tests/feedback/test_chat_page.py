@@ -201,3 +201,46 @@ def test_the_page_has_a_strict_policy_and_its_cookie_cannot_be_read_by_scripts(s
     assert "httponly" in cookie and "samesite=lax" in cookie and "secure" not in cookie
     assert httpx.get(server.url + "/assets/../service.py").status_code == 404
     assert httpx.get(server.url + "/assets/words.json").status_code == 404
+
+
+def test_sign_in_with_a_key_then_ask_and_rate_without_javascript_for_the_form(
+    browser: Any, serve: Any, two_models: Any, tmp_path: Path
+) -> None:
+    from feedback import keys
+    from feedback.store import Store
+
+    url = f"sqlite:///{tmp_path}/feedback.db"
+    store = Store(url)
+    store.migrate()
+    with store.write() as connection:
+        _, secret = keys.create(connection, "ann", ["chat", "rate"], "command:test")
+    store.close()
+    models, first, _ = two_models
+    server = serve(url, models, {"THUMBWHEEL_REQUIRE_KEYS": "1"})
+    try:
+        server.crown(first)
+        plain = browser.new_context(java_script_enabled=False, locale="en-US")
+        form = plain.new_page()
+        form.goto(server.url)
+        assert form.url.endswith("/signin")
+        form.get_by_label("API key").fill("tw_wrong")
+        form.get_by_role("button", name="Sign in").click()
+        assert form.get_by_role("alert").is_visible()
+        form.get_by_label("API key").fill(secret)
+        form.get_by_role("button", name="Sign in").click()
+        assert form.url == f"{server.url}/"
+        context = browser.new_context(locale="en-US")
+        context.add_cookies(plain.cookies())
+        page = context.new_page()
+        page.goto(server.url)
+        answer = ask(page, "hello there")
+        answer.locator(".up").click()
+        wait_for_state(answer, "saved")
+        assert server.store.count_opinions() == 1
+        form.goto(f"{server.url}/signin?lang=zh")
+        form.get_by_role("button", name="退出").click()
+        assert form.url.endswith("/signin")
+        plain.close()
+        context.close()
+    finally:
+        server.close()
