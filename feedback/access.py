@@ -48,6 +48,9 @@ ROUTES: dict[tuple[str, str], str] = {
     ("PUT", "/v1/feedback/{completion_id}/thumb"): "rate",
     ("DELETE", "/v1/feedback/{completion_id}/thumb"): "rate",
     ("GET", "/v1/feedback/{completion_id}/thumb"): "rate",
+    ("GET", "/v1/moderation"): "moderate",
+    ("POST", "/v1/moderation/{feedback_id}"): "moderate",
+    ("GET", "/v1/audit"): "admin",
 }
 OF_ONE_ANSWER = "/v1/feedback/{completion_id}/"  # where a feedback token opens the door
 FORMS = ("/signin", "/signout")  # work without JavaScript; their handlers check the token in the form
