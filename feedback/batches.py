@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from feedback.opinions import canonical
+from feedback import lessons
+from feedback.lessons import Answer
+from feedback.opinions import STATED, canonical
 from feedback.tables import BatchItemRow, BatchRow, CompletionRow, EventRow, FeedbackRow, table_of
 
 batch = table_of(BatchRow)
@@ -54,7 +56,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Opinion:
-    """What training reads: token ids as they were sampled (never text tokenised again), and what was said of them."""
+    """What was said, and what it teaches: `lesson` as feedback.lessons makes it, `trainable` whether its token ids serve."""
 
     feedback_id: int
     batch_id: int
@@ -64,31 +66,9 @@ class Opinion:
     kind: str
     value: int
     source: str
-    model_hash: str
-    prompt_ids: list[int]
-    response_ids: list[int]
     messages: list[dict[str, str]]
-    response: str
-
-    def content(self) -> dict[str, Any]:
-        """What is said of what, without ids and times: equal opinions have equal content."""
-        return content(self)
-
-
-def content(row: Any) -> dict[str, Any]:
-    """The learnable content of an Opinion, or of a row with the same names."""
-    keys = ("kind", "prompt_ids", "response_ids", "messages", "response", "value", "source", "model_hash")
-    return {key: getattr(row, key) for key in keys}
-
-
-# columns of an opinion that the completion gives
-ANSWER = (
-    completion.c.model_hash,
-    completion.c.prompt_token_ids.label("prompt_ids"),
-    completion.c.response_token_ids.label("response_ids"),
-    completion.c.request_messages.label("messages"),
-    completion.c.response,
-)
+    lesson: dict[str, Any]
+    trainable: bool
 
 
 def closed_up_to(connection: sa.Connection) -> int:
@@ -171,7 +151,7 @@ def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
         "excluded": dict(sorted(counts.items())),
         "erased": 0,
         "snapshot_sha256": None,
-        "sha256": digest(rows, reasons),
+        "sha256": digest(rows, reasons, known_answers(connection, rows)),
         "opened_at": datetime.now(UTC),
         "consumed_at": None,
         "mlflow_run_id": None,
@@ -193,21 +173,27 @@ def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
 
 
 def changed_opinions(connection: sa.Connection, first: int) -> list[sa.Row[Any]]:
-    """Opinions whose newest event is `first` or later, with what they are about."""
-    columns = [feedback.c[k] for k in ("id", "last_seq", "kind", "value", "source", "retracted", "moderation")]
-    query = sa.select(*columns, completion.c.status, *ANSWER).select_from(feedback.join(completion))
-    return list(connection.execute(query.where(feedback.c.last_seq >= first).order_by(feedback.c.id)))
+    """Opinions whose newest event is `first` or later, with the answer that they are about."""
+    names = ("id", "completion_id", "last_seq", "kind", "other", *STATED, "retracted", "moderation")
+    query = sa.select(*(feedback.c[name] for name in names), completion.c.status, *lessons.COLUMNS)
+    query = query.select_from(feedback.join(completion)).where(feedback.c.last_seq >= first)
+    return list(connection.execute(query.order_by(feedback.c.id)))
 
 
-def digest(rows: list[sa.Row[Any]], reasons: dict[int, str]) -> str:
-    """sha256 over what a batch changes in what is learned: the content of accepted and revised opinions, in one order."""
+def known_answers(connection: sa.Connection, rows: Iterable[sa.Row[Any]]) -> dict[str, Answer]:
+    """The answers that comparisons and rankings among `rows` are about."""
+    return lessons.answers(connection, (id for row in rows for id in lessons.others(row.kind, row._asdict())))
+
+
+def digest(rows: list[sa.Row[Any]], reasons: dict[int, str], known: dict[str, Answer]) -> str:
+    """sha256 over what a batch changes in what is learned: the lessons of accepted and revised opinions, in one order."""
     lines = []
     for row in rows:
         reason = reasons[row.id]
-        if reason == REVISED:
-            lines.append(canonical([REVISED, verdict(row, False), content(row)]))
-        elif not reason:
-            lines.append(canonical(["accepted", "", content(row)]))
+        if reason in ("", REVISED):
+            lesson = lessons.lesson(row.kind, row._asdict(), lessons.answer_of(row), known)
+            state = ["accepted", ""] if not reason else [REVISED, verdict(row, False)]
+            lines.append(canonical([*state, lesson]))
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
 
@@ -216,7 +202,7 @@ def listed(connection: sa.Connection, *, only_open: bool) -> list[Batch]:
     query = sa.select(batch).order_by(batch.c.id)
     if only_open:
         query = query.where(batch.c.consumed_at.is_(None))
-    return [Batch(**row._mapping) for row in connection.execute(query)]
+    return [Batch(**row._asdict()) for row in connection.execute(query)]
 
 
 def consume(connection: sa.Connection, batch_id: int, mlflow_run_id: str | None) -> Batch:
@@ -226,7 +212,7 @@ def consume(connection: sa.Connection, batch_id: int, mlflow_run_id: str | None)
     row = connection.execute(sa.select(batch).where(batch.c.id == batch_id)).first()
     if row is None:
         raise KeyError(f"there is no batch {batch_id}")
-    return Batch(**row._mapping)
+    return Batch(**row._asdict())
 
 
 def manifest(connection: sa.Connection) -> dict[str, Any]:
@@ -253,24 +239,44 @@ def opinions(connection: sa.Connection, manifest: dict[str, Any]) -> Iterator[Op
     check_manifest(connection, entries)
     if not entries:
         return
-    last = max(entry["last_seq"] for entry in entries)
+    for rows in connection.execute(newest_states(entries)).partitions(lessons.CHUNK):
+        standing = [row for row in rows if stood(row.payload)]
+        known = lessons.answers(connection, (id for row in standing for id in lessons.others(row.kind, row.payload)))
+        for row in standing:
+            yield taught(row, known)
+
+
+def stood(state: dict[str, Any]) -> bool:
+    """Whether an opinion stood when the log noted this state of it."""
+    return not state["retracted"] and state["moderation"] == "accepted" and state["value"] != 0
+
+
+def taught(row: sa.Row[Any], known: dict[str, Answer]) -> Opinion:
+    """The opinion of a row of newest_states, with what it teaches."""
+    answer, state = lessons.answer_of(row), {"strength": 1.0, **row.payload}
+    lesson = lessons.lesson(row.kind, state, answer, known)
+    about = [answer, *(known[id] for id in lessons.others(row.kind, state))]
+    names = ("feedback_id", "batch_id", "seq", "completion_id", "subject", "kind", "messages")
+    return Opinion(
+        value=state["value"],
+        source=state["source"],
+        lesson=lesson,
+        trainable=lessons.trainable(lesson, about),
+        **{name: getattr(row, name) for name in names},
+    )
+
+
+def newest_states(entries: list[dict[str, Any]]) -> sa.Select[Any]:
+    """What the batches of a manifest accepted, each opinion with its newest event up to the manifest's end."""
     newest = (
         sa.select(event_log.c.feedback_id, sa.func.max(event_log.c.seq).label("seq"))
-        .where(event_log.c.seq <= last)
+        .where(event_log.c.seq <= max(entry["last_seq"] for entry in entries))
         .group_by(event_log.c.feedback_id)
         .subquery()
     )
-    query = (
-        sa.select(
-            item.c.feedback_id,
-            item.c.batch_id,
-            event_log.c.seq,
-            feedback.c.completion_id,
-            feedback.c.subject,
-            feedback.c.kind,
-            event_log.c.payload,
-            *ANSWER,
-        )
+    opinion = (feedback.c.completion_id, feedback.c.subject, feedback.c.kind)
+    return (
+        sa.select(item.c.feedback_id, item.c.batch_id, event_log.c.seq, *opinion, event_log.c.payload, *lessons.COLUMNS)
         .select_from(item)
         .join(newest, newest.c.feedback_id == item.c.feedback_id)
         .join(event_log, event_log.c.seq == newest.c.seq)
@@ -279,9 +285,3 @@ def opinions(connection: sa.Connection, manifest: dict[str, Any]) -> Iterator[Op
         .where(item.c.accepted, item.c.batch_id.in_([entry["id"] for entry in entries]))
         .order_by(item.c.feedback_id)
     )
-    for row in connection.execute(query):
-        fields = dict(row._mapping)
-        state = fields.pop("payload")
-        if state["retracted"] or state["moderation"] != "accepted" or state["value"] == 0:
-            continue
-        yield Opinion(value=state["value"], source=state["source"], **fields)

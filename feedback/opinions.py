@@ -18,6 +18,9 @@ completion = table_of(CompletionRow)
 
 # the statements of every vote are built once: building costs SQLAlchemy more than running them
 STATUS = sa.select(completion.c.status).where(completion.c.id == sa.bindparam("id"))
+ANSWERS = sa.select(completion.c.id, completion.c.status, completion.c.request_messages).where(
+    completion.c.id.in_(sa.bindparam("ids", expanding=True))
+)
 FIND = sa.select(feedback).where(
     *(feedback.c[name] == sa.bindparam(name) for name in ("completion_id", "subject", "kind", "other"))
 )
@@ -38,7 +41,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Vote:
-    """What somebody said of an answer. value: -1, 0 or 1; retracted: they took it back."""
+    """What somebody said of an answer, or of several to one prompt; made by hand, or by feedback.comparisons.
+
+    value: -1, 0 or 1; other, ranked, strength, position: as in FeedbackRow; retracted: they took it back.
+    """
 
     completion_id: str
     subject: str
@@ -58,6 +64,12 @@ class Vote:
     retracted: bool = False
     idempotency_key: str | None = None
     request_sha256: str | None = None
+
+    def answers(self) -> list[str]:
+        """The ids of all answers that it is about."""
+        if self.kind == "comparison":
+            return [self.completion_id, self.other]
+        return [place["completion_id"] for place in self.ranked] or [self.completion_id]
 
 
 @dataclass(frozen=True)
@@ -86,26 +98,50 @@ def vote(connection: sa.Connection, vote: Vote) -> tuple[Event, str]:
     """Create, revise or retract an opinion, under the store's write lock. Returns its newest event, and what was done:
     "created", "revised", or "replayed" (the same was already said, or the same key delivered twice: nothing written).
 
-    Raises Refused 404 when there is no such answer (or nothing to retract), 409 while the answer is not finished, 422
-    when the key was used for another request.
+    Raises Refused 404 when there is no such answer (or nothing to retract), 409 while an answer is not finished, 422
+    when the key was used for another request, or answers that are compared are not to the same prompt.
     """
     if vote.idempotency_key and (known := replay(connection, vote)):
         return known, "replayed"
-    status = connection.execute(STATUS, {"id": vote.completion_id}).scalar()
-    if status is None:
-        raise Refused(404, "completion_not_found", f"there is no completion {vote.completion_id}")
-    if status not in ("complete", "aborted"):
-        raise Refused(409, "completion_not_finished", f"completion {vote.completion_id} is {status}; rate it when done")
+    if not vote.retracted:
+        check_answers(connection, vote)
     row = find(connection, vote.completion_id, vote.subject, vote.kind, vote.other)
     now = datetime.now(UTC)
     if row is None:
         if vote.retracted:
             raise Refused(404, "feedback_not_found", f"there is no {vote.kind} of yours on {vote.completion_id}")
         return create(connection, vote, now), "created"
-    change = {"retracted": True} if vote.retracted else {**stated(vote), "retracted": False}
+    change: dict[str, Any] = {"retracted": True} if vote.retracted else {**stated(vote), "retracted": False}
     if all(getattr(row, key) == value for key, value in change.items()):
         return newest_event(connection, row.id), "replayed"
+    if vote.client_time is not None:
+        change["client_time"] = vote.client_time
     return revise(connection, row, "retract" if vote.retracted else "revise", change, now, vote), "revised"
+
+
+def check_answers(connection: sa.Connection, vote: Vote) -> None:
+    """Raises Refused when an answer is not there or not finished, or several are not to the same prompt.
+
+    One answer may have been aborted: people may well say something of what they saw. Answers that are compared must be whole.
+    """
+    ids = vote.answers()
+    if len(ids) == 1:
+        check_status(ids[0], connection.execute(STATUS, {"id": ids[0]}).scalar(), ("complete", "aborted"))
+        return
+    found = {row.id: row for row in connection.execute(ANSWERS, {"ids": ids})}
+    for id in ids:
+        check_status(id, found[id].status if id in found else None, ("complete",))
+    if any(row.request_messages != found[ids[0]].request_messages for row in found.values()):
+        text = "the answers are to different prompts; only answers to the same messages can be compared"
+        raise Refused(422, "prompts_differ", text)
+
+
+def check_status(completion_id: str, status: str | None, ready: tuple[str, ...]) -> None:
+    """Raises Refused 404 when there is no such answer (any more), 409 when its status is not among `ready`."""
+    if status in (None, "erased"):
+        raise Refused(404, "completion_not_found", f"there is no completion {completion_id}")
+    if status not in ready:
+        raise Refused(409, "completion_not_finished", f"completion {completion_id} is {status}; rate it when done")
 
 
 def stated(vote: Vote) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""What comes in over HTTP, checked: OpenAI's chat request and a thumb. What we do not do is refused, never ignored."""
+"""What comes in over HTTP, checked: OpenAI's chat request and opinions. What we do not do is refused, never ignored."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from feedback.comparisons import compared, ranked
 
 # NUL cannot be stored by PostgreSQL, half a surrogate pair not by anybody
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -21,6 +23,9 @@ def storable(text: str) -> str:
 Text = Annotated[str, AfterValidator(storable)]
 Short = Annotated[str, Field(max_length=255), AfterValidator(storable)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
+Channel = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,16}$")]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Source = Literal["human_user", "human_expert", "simulated", "llm_judge"]
 
 
 class TextPart(BaseModel):
@@ -110,14 +115,131 @@ class ChatRequest(BaseModel):
         return self.max_completion_tokens or self.max_tokens
 
 
-class Thumb(BaseModel):
-    """PUT /v1/feedback/{completion_id}/thumb. reasons are codes, never translated text."""
+class Said(BaseModel):
+    """What opinions of all kinds may say. reasons are codes, never translated text; client_time: when it was said there."""
 
     model_config = ConfigDict(extra="forbid")
-    value: Literal[-1, 0, 1]
-    source: Literal["human_user", "human_expert", "simulated", "llm_judge"] = "human_user"
+    source: Source = "human_user"
     reasons: Annotated[list[Code], Field(max_length=16)] = []
     comment: Annotated[Text, Field(max_length=10_000)] = ""
-    channel: Code = "api"
+    channel: Channel = "api"
     locale: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,16}$")] = ""
     user: Short | None = None
+    client_time: AwareDatetime | None = None
+
+    def stated(self) -> dict[str, Any]:
+        """The fields of a Vote."""
+        return self.model_dump(exclude={"user"})
+
+    def body(self) -> dict[str, Any]:
+        """What two deliveries of one request must have in common."""
+        return self.model_dump(mode="json", exclude={"client_time"} if self.client_time is None else None)
+
+
+class Thumb(Said):
+    """1: good, -1: bad, 0: neither."""
+
+    value: Literal[-1, 0, 1]
+
+
+class Edit(Said):
+    """A better answer of one's own."""
+
+    correction: Annotated[Text, Field(min_length=1, max_length=20_000)]
+
+    def stated(self) -> dict[str, Any]:
+        """The correction is the better one."""
+        return {**super().stated(), "value": 1}
+
+
+class Comment(Said):
+    """Words alone: nothing is learned from them."""
+
+    comment: Annotated[Text, Field(min_length=1, max_length=10_000)]
+
+
+class Expert(Said):
+    """The judgement of somebody who knows the subject: models are measured by it, none learns from it."""
+
+    value: Literal[-1, 0, 1]
+    source: Literal["human_expert"] = "human_expert"
+    correction: Annotated[Text, Field(max_length=20_000)] = ""
+
+
+class ThumbOf(Thumb):
+    """A thumb, for POST /v1/feedback."""
+
+    kind: Literal["thumb"]
+    completion_id: Id
+
+
+class EditOf(Edit):
+    """A better answer, for POST /v1/feedback."""
+
+    kind: Literal["edit"]
+    completion_id: Id
+
+
+class CommentOf(Comment):
+    """A comment, for POST /v1/feedback."""
+
+    kind: Literal["comment"]
+    completion_id: Id
+
+
+class ExpertOf(Expert):
+    """An expert's judgement, for POST /v1/feedback."""
+
+    kind: Literal["expert"]
+    completion_id: Id
+
+
+Opinion = Annotated[ThumbOf | EditOf | CommentOf | ExpertOf, Field(discriminator="kind")]
+
+
+class Comparison(Said):
+    """POST /v1/comparisons. completion_ids in the order in which they were shown; chosen: the better one, null for a tie.
+
+    strength: 1 is as usual, 2 says twice as clearly.
+    """
+
+    completion_ids: Annotated[list[Id], Field(min_length=2, max_length=2)]
+    chosen: Id | None
+    strength: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def sensible(self) -> Comparison:
+        """Two answers, and one of them chosen."""
+        distinct(self.completion_ids)
+        compared(self.completion_ids, self.chosen)
+        return self
+
+    def stated(self) -> dict[str, Any]:
+        """The fields of a Vote."""
+        said = self.model_dump(exclude={"user", "completion_ids", "chosen"})
+        return {**said, **compared(self.completion_ids, self.chosen)}
+
+
+class Ranking(Said):
+    """POST /v1/rankings. completion_ids in the order in which they were shown; ranking: groups of equal ones, best first."""
+
+    completion_ids: Annotated[list[Id], Field(min_length=2, max_length=9)]
+    ranking: Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=9)]
+
+    @model_validator(mode="after")
+    def sensible(self) -> Ranking:
+        """Each answer in one group."""
+        distinct(self.completion_ids)
+        ranked(self.completion_ids, self.ranking)
+        return self
+
+    def stated(self) -> dict[str, Any]:
+        """The fields of a Vote."""
+        said = self.model_dump(exclude={"user", "completion_ids", "ranking"})
+        return {**said, **ranked(self.completion_ids, self.ranking)}
+
+
+def distinct(ids: list[str]) -> None:
+    """Raises ValueError when an answer is named twice."""
+    if len(set(ids)) < len(ids):
+        raise ValueError("completion_ids: an answer cannot be compared with itself")

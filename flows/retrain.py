@@ -69,7 +69,7 @@ def check_tokenizer(root: Path) -> None:
     """
     ours = (root / "artifacts/sft/model/tokenizer.json").read_bytes()
     rows = (root / "artifacts/snapshot/opinions.train.jsonl").read_text(encoding="utf-8").splitlines()
-    for rated in sorted({json.loads(row)["model_hash"] for row in rows}):
+    for rated in sorted({model for row in rows for model in models_of(json.loads(row))}):
         theirs = root / ".thumbwheel/models" / rated / "tokenizer.json"
         if theirs.exists() and theirs.read_bytes() != ours:
             raise RuntimeError(
@@ -77,6 +77,12 @@ def check_tokenizer(root: Path) -> None:
                 "token ids do not fit. Put data, curate and tokenize back as they were, or begin anew with an empty "
                 "feedback database (THUMBWHEEL_DATABASE_URL, by default .thumbwheel/feedback.db)"
             )
+
+
+def models_of(row: dict[str, Any]) -> set[str]:
+    """The models whose answers a row of a snapshot is about."""
+    several = {answer["model_hash"] for answer in row.get("answers", [])}
+    return {row["model_hash"], row.get("rejected_model_hash", row["model_hash"]), *several}
 
 
 def name_champion(run: FlowRun, store: Store) -> None:

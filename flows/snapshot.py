@@ -21,7 +21,8 @@ class SnapshotOptions:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The stage body: feedback.manifest.json + the feedback database → opinions.{train,heldout}.jsonl, summary.json.
+    """The stage body: feedback.manifest.json + the feedback database → opinions.{train,heldout}.jsonl, conversations.jsonl,
+    prompts.jsonl, summary.json (see feedback.snapshot).
 
     The database is no dep: the manifest names each batch with its hash, so what is read from it is settled.
     Raises ValueError when the manifest cannot be read or names a batch that the database does not hold.

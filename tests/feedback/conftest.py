@@ -13,9 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
 from feedback import completions
 from feedback.completions import Completion
+from feedback.engine import DecoderEngine
+from feedback.service import create_app
 from feedback.store import Store
 
 Answer = Callable[..., str]
@@ -73,6 +76,14 @@ def answer(store: Store) -> Answer:
 def answer_into() -> Callable[[Store], Answer]:
     """Write answers into a store of the test's own."""
     return make_answers
+
+
+@pytest.fixture
+def api(store: Store, database_url: str, tmp_path: Path) -> Iterator[TestClient]:
+    """The service in this process on `store`'s database, for what needs no model to answer."""
+    app = create_app(database_url, tmp_path / "models", DecoderEngine(), secret=b"a key for the tests")
+    with TestClient(app, base_url="http://localhost") as client:
+        yield client
 
 
 def make_model(models: Path, seed: int) -> str:
