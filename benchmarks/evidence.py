@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import preferences
 from flows import code_deps, settings
 from flows.figures import Interval, pooled_paired_bootstrap
 from flows.files import write_text
@@ -70,7 +71,8 @@ def main() -> int:
     parser.add_argument("--preset", default="", help="another preset than params.yaml as it stands")
     arguments = parser.parse_args()
     results = [run_seed(seed, arguments.workdir.resolve(), arguments.preset) for seed in arguments.seeds]
-    write_text(arguments.output, document(results, revision()))
+    text = document(results, revision())
+    write_text(arguments.output, preferences.with_section(text, preferences.PAGE))
     missed = [bar.name for bar in bars(results) if not bar.holds]
     print(f"{arguments.output}: " + (f"missed: {'; '.join(missed)}" if missed else "all bars hold"))
     return 1 if missed else 0
