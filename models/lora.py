@@ -40,7 +40,10 @@ KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Section `lora` of params.yaml, for SFT and PPO. rank 0 trains all weights; targets are PEFT's module names."""
+    """Section `lora` of params.yaml, for all stages that start from a model.
+
+    rank: 0 trains all weights; targets: PEFT's module names.
+    """
 
     rank: int = 0
     alpha: float = 32.0

@@ -31,6 +31,7 @@ from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
 from models.layout import Layout, packed_layout
+from models.lora import Learned, LoraOptions, what_learns
 from models.opinions import Preference, Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
@@ -239,19 +240,26 @@ def run(job: Job) -> dict[str, Any]:
     base = job.input("artifacts/sft/model")
     snapshot = job.input("artifacts/snapshot")
     tokenizer = Tokenizer.load(base)
-    trunk = load_model(base)
-    size, context = trunk.config.vocab_size, trunk.config.context_length
+    config = read_config(base)
+    size, context = config.vocab_size, config.context_length
     train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
     if not train or not heldout:
         raise ValueError(
             f"artifacts/snapshot has {len(train)} rated prompts to learn and {len(heldout)} held out: collect more opinions"
         )
-    model = RewardModel(trunk).initialize(torch_generator(job.seed, "reward head")).to(job.device)
-    ranks, most = job.ranks, options.micro_batch
+    lora, ranks, most = job.options("lora", LoraOptions), job.ranks, options.micro_batch
+
+    def fresh() -> RewardModel:
+        made = RewardModel(load_model(base)).initialize(torch_generator(job.seed, "reward head"))
+        what_learns(made.trunk, lora, torch_generator(job.seed, "lora", "reward"))  # the head learns in any case
+        return made.to(job.device)
+
+    model = fresh()
+    learned = Learned(model) if lora.rank else model
     shard(model, model.trunk.layers, methods=["scores"])
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     steps = options.epochs * math.ceil(len(train) / options.batch_size)
-    training = Training(job, options, steps, {"model": model, "optimizer": optimizer})
+    training = Training(job, options, steps, {"model": learned, "optimizer": optimizer})
     model.train()
 
     size = min(options.batch_size, len(train))
@@ -286,7 +294,7 @@ def run(job: Job) -> dict[str, Any]:
             training.log(done, row, {"answers_per_second": speed})
         training.checkpoint(done)
 
-    model = whole(model, lambda: RewardModel(load_model(base)).to(job.device))
+    model = whole(model, fresh)
     if not ranks.first:
         return {}
     normalise(model, score(model, [r.prompt for r in train for _ in r.answers], [a for r in train for a in r.answers]))

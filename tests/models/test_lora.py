@@ -19,7 +19,7 @@ from models.layout import dense_layout, packed_layout
 from models.lora import LoraOptions, attach, disabled, lora_layers, merge, unmerge
 from models.optim import Optimizer
 from models.ppo_options import PPOOptions
-from models.reward import RewardModel
+from models.reward import RewardModel, load_reward_model
 from models.rollout import generate, sequence_logprobs
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -292,3 +292,28 @@ def test_a_stage_with_an_adapter_writes_the_merged_model_and_resumes_bit_for_bit
     assert model_hash(again / "model") == model_hash(whole / "model")
     size = sum(f.stat().st_size for f in (tmp_path / "whole/checkpoints").iterdir()) / 2
     assert size < sum(p.numel() for p in model.parameters()) * 4 * (1 if stage == "sft" else 2), "the base is not in it"
+
+
+def test_a_reward_model_with_an_adapter_is_written_merged_and_resumes_bit_for_bit(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    params: dict[str, dict[str, object]] = {
+        "reward": {"epochs": 2, "batch_size": 6, "checkpoint_every": 3, "log_every": 1, "learning_rate": 0.01},
+        "lora": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+    }
+    whole, _ = run_stage(tmp_path, "reward", tmp_path / "whole", params)
+    learned, base = load_reward_model(whole / "model"), load_model(tmp_path / "artifacts/sft/model")
+    before, after = (dict(m.named_parameters()) for m in (base, learned.trunk))
+    changed = {name.split(".", 2)[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"attention.qkv.weight", "down.weight"}
+    rows = base.config.num_attention_heads * base.config.head_dim  # of q; k and v have no update
+    assert torch.equal(before["blocks.0.attention.qkv.weight"][rows:], after["blocks.0.attention.qkv.weight"][rows:])
+
+    with pytest.raises(Killed):
+        run_stage(tmp_path, "reward", tmp_path / "again", params, killed_after=4)
+    again, events = run_stage(tmp_path, "reward", tmp_path / "again", params)
+    assert any(event["event"] == "resumed" for event in events)
+    assert model_hash(again / "model") == model_hash(whole / "model")
+    size = sum(f.stat().st_size for f in (tmp_path / "whole/checkpoints").iterdir()) / 2
+    assert size < sum(p.numel() for p in model.parameters()) * 4, "the base is not in it"

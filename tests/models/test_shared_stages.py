@@ -31,6 +31,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches
     "sft in parts": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "micro_batch": 1}}),
     "sft lora": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5}, "lora": LORA}),
     "reward": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "margin": 0.1, "centering_coefficient": 0.01}}),
+    "reward low-rank": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5}, "lora": LORA}),
     "reward in parts": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "micro_batch": 1}}),
     "ppo": ("ppo", {"ppo": PPO | {"kl_target": 2.0, "kl_horizon": 40, "ema_decay": 0.7, "whiten_rewards": True}}),
     "ppo shared critic": ("ppo", {"ppo": PPO | {"critic": "shared", "rollout_correction": 1.5}}),
