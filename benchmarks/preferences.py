@@ -43,6 +43,7 @@ from flows.figures import Interval
 from flows.files import write_text
 from models.checkpoint import load_model
 from models.gguf_file import load_gguf
+from models.layout import branched_layout
 from models.opinions import Preference, Rated
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -102,30 +103,17 @@ def layers_read(trunk: Transformer) -> list[int]:
 def readings(trunk: Transformer, rated: Rated) -> Tensor:
     """What the base says of each answer: [K, layers read · 2 · d], at the last token and as the mean over the answer.
 
-    The prompt is computed once: all answers stand behind it, each at the positions right after the prompt, and see it and
-    themselves alone.
+    The prompt is computed once for all of them.
     """
-    lengths = [len(rated.prompt), *(len(answer) for answer in rated.answers)]
-    part = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    position = torch.cat([torch.arange(lengths[0]), *(lengths[0] + torch.arange(n) for n in lengths[1:])])
-    place = torch.arange(len(part))
-    seen = ((part[None] == 0) | (part[None] == part[:, None])) & (place[None] <= place[:, None])
+    lengths = [len(answer) for answer in rated.answers]
+    layout = branched_layout([len(rated.prompt)], [lengths])
     x = trunk.embedding(torch.tensor([*rated.prompt, *(token for answer in rated.answers for token in answer)]))
-    cos, sin = trunk.cos[position].to(x.dtype), trunk.sin[position].to(x.dtype)
+    cos, sin = trunk.cos[layout.positions].to(x.dtype), trunk.sin[layout.positions].to(x.dtype)
     read, out = layers_read(trunk), []
     for number, block in enumerate(trunk.layers, 1):
-        attention = block.attention
-        if attention.window:
-            raise ValueError("a base with sliding windows is not read here")
-        q, k, v = attention.split(attention.qkv(block.attention_norm(x)), cos, sin)
-        k, v = (t.repeat_interleave(attention.heads // attention.kv_heads, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), attn_mask=seen)
-        y = attention.o(y[0].transpose(0, 1).reshape(len(part), -1))
-        x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
-        y = block.mlp(x)
-        x = x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
+        x, _, _ = block(x, cos, sin, layout)
         if number in read:
-            answers = x.float().split(lengths)[1:]
+            answers = x[len(rated.prompt) :].float().split(lengths)
             out.append(torch.stack([torch.cat([answer[-1], answer.mean(0)]) for answer in answers]))
     return torch.cat(out, dim=1)
 

@@ -14,8 +14,9 @@ from benchmarks import preferences
 from benchmarks.human_pairs import Question, folds, read_openassistant, read_pandalm
 from flows.figures import Interval
 from models.config import ModelConfig
+from models.layout import packed_layout
 from models.opinions import Preference, Rated
-from models.transformer import Transformer, packed_layout
+from models.transformer import Transformer
 
 
 def comparison(votes: str, answers: tuple[Any, Any] = ("one", "two"), **fields: Any) -> dict[str, Any]:
