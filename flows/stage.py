@@ -55,8 +55,8 @@ STAGES: dict[str, Body] = {
     "snapshot": Body("flows.snapshot"),
     "reward": Body("models.reward", TRAINING, shared=True),
     "ppo": Body("models.ppo", TRAINING, shared=True),
-    "dpo": Body("models.dpo", TRAINING),
-    "kto": Body("models.kto", TRAINING),
+    "dpo": Body("models.dpo", TRAINING, shared=True),
+    "kto": Body("models.kto", TRAINING, shared=True),
     "judge": Body("flows.judge"),
 }
 VERSIONED = ("sft", *pipeline.METHODS)  # whose models answer people, so MLflow's registry lists them

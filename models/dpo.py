@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.job import Job
 from models.opinions import Rated
-from models.preference import Answers, PreferenceOptions, find_pairs, learn
+from models.preference import Answers, Parts, PreferenceOptions, Shares, find_pairs, learn
 from models.transformer import Transformer
 
 
@@ -63,25 +62,32 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The mean loss of the pairs `chosen`; each is two sequences of one packed forward pass."""
-        rows = [self.pairs[i][0] for i in chosen] + [self.pairs[i][1] for i in chosen]
+    def tokens(self, element: int) -> int:
+        """Tokens of both sequences of a pair."""
+        return sum(map(self.answers.tokens, self.pairs[element]))
+
+    def losses(self, policy: Transformer, chosen: Sequence[int], parts: Parts) -> Iterator[tuple[Tensor, Shares]]:
+        """Each part's share of the mean loss of the pairs `chosen`; a pair is two sequences of one packed forward pass."""
+        for mine, _ in parts:
+            yield self.loss(policy, mine, len(chosen))
+
+    def loss(self, policy: Transformer, mine: Sequence[int], count: int) -> tuple[Tensor, Shares]:
+        """The sum of the loss of the pairs `mine` divided by `count`, and their shares of figures."""
+        rows = [self.pairs[i][0] for i in mine] + [self.pairs[i][1] for i in mine]
         o, logp = self.options, self.answers.logprobs(policy, rows)
         lengths = self.answers.lengths(rows).to(logp.device)
         ratios = logp - self.answers.references(rows).to(logp.device)
         better, worse = (ratios / lengths if o.length_normalised else ratios).chunk(2)
-        nll = (-logp / lengths).chunk(2)[0].mean()
-        loss = dpo_loss(better, worse, o.beta, o.label_smoothing).mean() + o.chosen_coefficient * nll
-        with torch.no_grad():
-            rewards = [o.beta * side.mean().item() for side in (better, worse)]
-            stats = {
-                "chosen_nll": nll.item(),
-                "rewards/chosen": rewards[0],
-                "rewards/rejected": rewards[1],
-                "rewards/margins": rewards[0] - rewards[1],
-                "rewards/accuracy": (better > worse).float().mean().item(),
-            }
-        return loss, stats
+        nll = (-logp / lengths).chunk(2)[0].sum() / count
+        loss = dpo_loss(better, worse, o.beta, o.label_smoothing).sum() / count + o.chosen_coefficient * nll
+        shares = {
+            "chosen_nll": nll,
+            "rewards/chosen": o.beta * better.sum() / count,
+            "rewards/rejected": o.beta * worse.sum() / count,
+            "rewards/margins": o.beta * (better - worse).sum() / count,
+            "rewards/accuracy": (better > worse).sum() / count,
+        }
+        return loss, shares
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.distributed import sum_tensor
 from models.job import Job
 from models.opinions import Rated
-from models.preference import Answers, PreferenceOptions, learn
+from models.preference import Answers, Parts, PreferenceOptions, Shares, learn
 from models.training import stream
 from models.transformer import Transformer
 
@@ -46,11 +47,6 @@ def kto_loss(ratios: Tensor, values: Tensor, kl: Tensor, beta: float, weights: t
     desirable = values > 0
     weight = torch.where(desirable, weights[0], weights[1])
     return weight * torch.sigmoid(-values * beta * (ratios - kl))
-
-
-def kl_of(ratios: Tensor) -> Tensor:
-    """KL(π‖π_ref) in nats an answer, from log ratios of answers to other prompts [B]: their mean, 0 at least, detached."""
-    return ratios.detach().mean().clamp_min(0.0)
 
 
 def balanced_weights(ups: int, downs: int) -> tuple[float, float]:
@@ -89,21 +85,40 @@ class Thumbs:
     def __len__(self) -> int:
         return len(self.values)
 
-    def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The mean loss of the thumbs `chosen`, KL estimated on the same prompts."""
-        beta = self.options.beta
-        with torch.no_grad():
-            kl = kl_of(self.foreign.log_ratios(policy, chosen))
-        ratios = self.answers.log_ratios(policy, chosen)
-        values = torch.tensor([self.values[i] for i in chosen], device=ratios.device)
-        loss = kto_loss(ratios, values, kl, beta, self.weights).mean()
-        rewards = beta * ratios.detach()
-        stats = {"kl": kl.item(), "rewards/accuracy": ((rewards > beta * kl) == (values > 0)).float().mean().item()}
-        sides = {"rewards/chosen": rewards[values > 0], "rewards/rejected": rewards[values < 0]}
-        stats |= {name: side.mean().item() for name, side in sides.items() if len(side)}
-        if all(map(len, sides.values())):
-            stats["rewards/margins"] = stats["rewards/chosen"] - stats["rewards/rejected"]
-        return loss, stats
+    def tokens(self, element: int) -> int:
+        """Tokens of a thumb's prompt and answer."""
+        return self.answers.tokens(element)
+
+    def losses(self, policy: Transformer, chosen: Sequence[int], parts: Parts) -> Iterator[tuple[Tensor, Shares]]:
+        """Each part's share of the mean loss of the thumbs `chosen`, KL estimated on the prompts of all of them."""
+        kl = self.kl(policy, parts, len(chosen))
+        ups = sum(self.values[i] > 0 for i in chosen)
+        for mine, _ in parts:
+            yield self.loss(policy, mine, kl, ups, len(chosen) - ups)
+
+    @torch.no_grad()
+    def kl(self, policy: Transformer, parts: Parts, count: int) -> Tensor:
+        """KL(π‖π_ref) in nats an answer: the mean log ratio of the foreign answers of the whole batch of `count` thumbs, in all
+        processes, and 0 at least."""
+        own = [weight * self.foreign.log_ratios(policy, mine).sum() for mine, weight in parts]
+        return (sum_tensor(torch.stack(own).sum()) / count).clamp_min(0.0)
+
+    def loss(self, policy: Transformer, mine: Sequence[int], kl: Tensor, ups: int, downs: int) -> tuple[Tensor, Shares]:
+        """The sum of the loss of the thumbs `mine` divided by their batch's count, which has `ups` and `downs`, and their shares
+        of figures."""
+        beta, count = self.options.beta, ups + downs
+        ratios = self.answers.log_ratios(policy, mine)
+        values = torch.tensor([self.values[i] for i in mine], device=ratios.device)
+        loss = kto_loss(ratios, values, kl, beta, self.weights).sum() / count
+        right = (ratios > kl) == (values > 0)
+        shares = {"kl": kl * len(mine) / count, "rewards/accuracy": right.sum() / count}
+        if ups:
+            shares["rewards/chosen"] = beta * (ratios * (values > 0)).sum() / ups
+        if downs:
+            shares["rewards/rejected"] = beta * (ratios * (values < 0)).sum() / downs
+        if ups and downs:
+            shares["rewards/margins"] = shares["rewards/chosen"] - shares["rewards/rejected"]
+        return loss, shares
 
 
 def mismatched(sizes: Sequence[int], draw: np.random.Generator) -> list[int]:

@@ -203,7 +203,7 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"there are {len(prompts)} prompts, fewer than ppo.batch_size {options.batch_size}: add prompts"
         )
-    check_ptx("ppo", options, len(tokens), len(chats), read_config(base).text_window, ranks)
+    check_ptx("ppo", options, len(tokens), len(chats), read_config(base).text_window)
     models, parts = prepare(job, options, lora)
     updater = Updater(models, options, tokens, chats, ranks)
     parts |= {"policy_optimizer": updater.policy_optimizer, "critic_optimizer": updater.critic_optimizer}

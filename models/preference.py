@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.checkpoint import load_model, save_model
 from models.corpus import Sequences
+from models.distributed import shard, whole
+from models.figures import Figures
 from models.intervals import wilson
 from models.job import Job
 from models.lora import LoraOptions, save_adapter, what_learns
@@ -40,12 +42,14 @@ Ids = list[int]
 class PreferenceOptions(PtxOptions):
     """What the sections `dpo` and `kto` of params.yaml share.
 
-    beta: how dear it is to leave the reference. samples: prompts that the finished policy answers for its figures, with
-    max_new_tokens at most.
+    beta: how dear it is to leave the reference. micro_batch: pairs or thumbs in memory at a time (of each process), null for
+    all of the step's; the gradient is that of the whole batch. samples: prompts that the finished policy answers for its
+    figures, with max_new_tokens at most.
     """
 
     epochs: int = 2
     batch_size: int = 32
+    micro_batch: int | None = None
     beta: float = 0.3
     learning_rate: float = 3e-4
     warmup_steps: int = 5
@@ -58,8 +62,14 @@ class PreferenceOptions(PtxOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least_one("epochs", "batch_size", "samples", "max_new_tokens")
+        if self.micro_batch is not None:
+            self.at_least_one("micro_batch")
         if not self.beta > 0:
             raise ValueError(f"beta must be above 0, not {self.beta}")
+
+
+Parts = Sequence[tuple[Sequence[int], float]]  # a process's elements of a batch, and what their loss weighs (Ranks.cut)
+Shares = dict[str, Tensor]  # what a part adds to figures of the batch (models.figures)
 
 
 class Method(Protocol):
@@ -67,8 +77,12 @@ class Method(Protocol):
 
     def __len__(self) -> int: ...
 
-    def loss(self, policy: Transformer, chosen: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The mean loss of the elements `chosen`, and figures for the curve."""
+    def tokens(self, element: int) -> int:
+        """How many tokens an element's forward pass has."""
+        ...
+
+    def losses(self, policy: Transformer, chosen: Sequence[int], parts: Parts) -> Iterator[tuple[Tensor, Shares]]:
+        """What each part adds to the mean loss of the batch `chosen`, and to figures for the curve."""
         ...
 
 
@@ -81,6 +95,10 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    def tokens(self, i: int) -> int:
+        """Tokens of answer i and its prompt."""
+        return len(self.prompts[i]) + len(self.answers[i])
 
     def logprobs(self, policy: Transformer, chosen: Sequence[int]) -> Tensor:
         """log π of the answers `chosen`: [len(chosen)]."""
@@ -103,7 +121,7 @@ class Answers:
 def answer_logprobs(model: Transformer, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
     """log π(answer | prompt) of each pair of id lists, with its gradient: [B]."""
     flat = flatten(prompts, answers, model.embedding.weight.device)
-    hidden = model(flat.tokens, flat.layout).index_select(0, flat.rows)
+    hidden = model(flat.tokens, flat.layout, flat.rows)
     by_token = log_probs(hidden, model.head_weight, flat.targets)
     return pad_sequence(list(by_token.split([len(a) for a in answers])), batch_first=True).sum(1)
 
@@ -148,21 +166,28 @@ def learn(
     train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
     check_ptx(name, options, len(tokens), len(chats), policy.config.text_window)
     method = prepare(policy, train)
-    lora = job.options("lora", LoraOptions)
+    lora, ranks, most = job.options("lora", LoraOptions), job.ranks, options.micro_batch
     learned = what_learns(policy, lora, torch_generator(job.seed, "lora", name))
+    shard(policy, policy.layers)
     optimizer = Optimizer(policy, betas=(0.9, 0.95), eps=1e-5)
     steps = options.epochs * math.ceil(len(method) / options.batch_size)
     training = Training(job, options, steps, {"policy": learned, "optimizer": optimizer})
-
     policy.train()
+
+    def remember(key: str | int) -> float:
+        return add_ptx_gradient(policy, tokens, chats, options, stream(job.seed, "ptx", key), ranks)
+
+    rehearse(training, name, options, method, policy, lambda: remember("rehearsal"))
     clock, seen = time.perf_counter(), 0
     # 1. a batch of pairs or thumbs
     for step, chosen in batches(len(method), options.batch_size, job.seed, training.first, steps):
         # 2. loss and gradient, that of the language-modelling loss in the same buffer
-        loss, row = method.loss(policy, chosen)
-        loss.backward()
+        parts, figures = list(ranks.cut(sorted(chosen, key=method.tokens), most)), Figures()
+        for (_, weight), (loss, shares) in zip(parts, method.losses(policy, chosen, parts), strict=True):
+            (loss * weight * ranks.size).backward()
+            figures.add({"loss": loss, **shares}, weight)
         if options.ptx_coefficient:
-            row["ptx_loss"] = add_ptx_gradient(policy, tokens, chats, options, stream(job.seed, "ptx", step))
+            figures.add({"ptx_loss": torch.tensor(remember(step), device=job.device)})
         # 3. the step
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, shape="linear")
         norm, taken = optimizer.step(rate, options.clip_norm)
@@ -173,11 +198,18 @@ def learn(
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            row |= {"loss": loss.item(), "learning_rate": rate, "gradient_norm": norm}
+            row = {"learning_rate": rate, "gradient_norm": norm, **figures.total()}
             training.log(done, row, {"elements_per_second": speed})
         training.checkpoint(done)
 
-    policy.eval()
+    def blank() -> Transformer:
+        made = load_model(base, job.device)
+        what_learns(made, lora, torch_generator(job.seed, "lora", name))
+        return made
+
+    policy = whole(policy, blank)
+    if not ranks.first:
+        return {}
     reference = load_model(base, job.device)
     metrics: dict[str, Any] = {"elements": len(method), "skipped_steps": training.skipped}
     metrics |= heldout_pairs(policy, reference, heldout)
@@ -191,6 +223,32 @@ def learn(
         save_adapter(policy, job.output / "model" / "adapter", "artifacts/sft/model")
     training.finish(metrics)
     return metrics
+
+
+def rehearse(
+    training: Training,
+    name: str,
+    options: PreferenceOptions,
+    method: Method,
+    policy: Transformer,
+    remember: Callable[[], float],
+) -> None:
+    """Try the batch of the elements with the most tokens. remember: adds the language-modelling gradient. Raises MemoryError."""
+    ranks, most = training.job.ranks, options.micro_batch
+    size = min(options.batch_size, len(method))
+    longest = sorted(range(len(method)), key=method.tokens)[-(min(size, most * ranks.size) if most else size) :]
+    parts = list(ranks.cut(longest, most))
+    (mine, _), *_ = parts
+
+    def largest() -> Tensor:
+        if options.ptx_coefficient:
+            remember()
+        loss, _ = next(method.losses(policy, longest, parts))
+        return loss
+
+    what = f"{name}: {len(mine)} elements, the longest there are, of {sum(map(method.tokens, mine))} tokens together"
+    remedy = f"set {name}.micro_batch below {len(mine)} in params.yaml"
+    training.rehearse(policy, largest, what, remedy, len(list(ranks.cut(range(size), most))))
 
 
 @torch.inference_mode()

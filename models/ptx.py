@@ -31,11 +31,8 @@ class PtxOptions(TrainingOptions):
         self.not_negative("ptx_coefficient", "ptx_batch_size", "ptx_conversations")
 
 
-def check_ptx(
-    section: str, options: PtxOptions, tokens: int, conversations: int, window: int, ranks: Ranks = ALONE
-) -> None:
-    """Raises ValueError, with the section's name, when there is less text to keep in mind than one draw takes, or when a draw
-    has fewer windows or conversations than there are processes."""
+def check_ptx(section: str, options: PtxOptions, tokens: int, conversations: int, window: int) -> None:
+    """Raises ValueError, with the section's name, when there is less text to keep in mind than one draw takes."""
     if not options.ptx_coefficient:
         return
     if options.ptx_batch_size and tokens <= window:
@@ -45,12 +42,6 @@ def check_ptx(
         )
     if options.ptx_conversations and not conversations:
         raise ValueError(f"{section}.ptx_conversations draws SFT conversations, there are none: set it to 0")
-    for name in ("ptx_batch_size", "ptx_conversations"):
-        if 0 < getattr(options, name) < ranks.size:
-            raise ValueError(
-                f"{section}.{name} {getattr(options, name)} cannot be shared by {ranks.size} processes: set it to 0 or to "
-                f"{ranks.size} or more"
-            )
 
 
 def add_ptx_gradient(
@@ -69,20 +60,22 @@ def add_ptx_gradient(
     device, length = policy.embedding.weight.device, policy.config.text_window
     total = 0.0
 
-    def add(hidden: Tensor, targets: Tensor, count: int) -> float:
-        weights = torch.full(targets.shape, 1 / count, device=device)
+    def add(hidden: Tensor, targets: Tensor, count: int, weight: float) -> float:
+        weights = torch.full(targets.shape, weight / count, device=device)
         loss = cross_entropy(hidden, policy.head_weight, targets, weights)
         (options.ptx_coefficient * ranks.size * loss).backward()
         return loss.item()
 
     if options.ptx_batch_size:
-        starts = ranks.part(draw.integers(0, len(tokens) - length, options.ptx_batch_size).tolist())
-        ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64)).to(device)
-        hidden = policy(ids[:, :-1].reshape(-1), dense_layout(len(starts), length, device))
-        total += add(hidden, ids[:, 1:].reshape(-1), options.ptx_batch_size * length)
+        starts = draw.integers(0, len(tokens) - length, options.ptx_batch_size).tolist()
+        for mine, weight in ranks.cut(starts):
+            ids = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in mine]).astype(np.int64)).to(device)
+            hidden = policy(ids[:, :-1].reshape(-1), dense_layout(len(mine), length, device))
+            total += add(hidden, ids[:, 1:].reshape(-1), options.ptx_batch_size * length, weight)
     if options.ptx_conversations:
         chosen = draw.integers(0, len(chats), options.ptx_conversations).tolist()
-        batch = collate(chats, ranks.part(by_length(chats, chosen)), str(device))
-        hidden = policy(batch.tokens, batch.layout, batch.rows)
-        total += add(hidden, batch.targets, learned_tokens(chats, chosen))
+        for mine, weight in ranks.cut(by_length(chats, chosen)):
+            batch = collate(chats, mine, str(device))
+            hidden = policy(batch.tokens, batch.layout, batch.rows)
+            total += add(hidden, batch.targets, learned_tokens(chats, chosen), weight)
     return total

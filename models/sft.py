@@ -19,7 +19,7 @@ from models.layout import Layout, packed_layout
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import cross_entropy
 from models.optim import Optimizer, learning_rate
-from models.ranks import Ranks
+from models.ranks import ALONE, Ranks
 from models.tokenizer import Tokenizer
 from models.training import Training, TrainingOptions, batches, torch_generator
 from models.transformer import Transformer
@@ -87,7 +87,7 @@ def collate(data: Sequences, indices: Sequence[int], device: str) -> Batch:
 
 
 def micro_batches(
-    data: Sequences, indices: Sequence[int], size: int | None, device: str, ranks: Ranks = Ranks()
+    data: Sequences, indices: Sequence[int], size: int | None, device: str, ranks: Ranks = ALONE
 ) -> Iterator[tuple[Batch, float]]:
     """This process's share of a step's conversations, `size` at a time (all at once for None), those of like lengths together,
     and what their loss weighs (Ranks.cut)."""

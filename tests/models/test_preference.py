@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,21 @@ import torch
 
 from models.corpus import Sequences
 from models.dpo import Comparisons, DPOOptions, dpo_loss
+from models.figures import Figures
 from models.job import Job
-from models.kto import KTOOptions, Thumbs, balanced_weights, kl_of, kto_loss, mismatched
+from models.kto import KTOOptions, Thumbs, balanced_weights, kto_loss, mismatched
 from models.layout import dense_layout
 from models.opinions import Preference, Rated
 from models.preference import (
     Answers,
+    Method,
     PreferenceOptions,
     answer_logprobs,
     find_pairs,
     heldout_pairs,
 )
 from models.ptx import add_ptx_gradient, check_ptx
+from models.ranks import Ranks
 from models.rollout import sequence_logprobs
 from models.transformer import Transformer
 
@@ -100,13 +104,6 @@ def test_kto_gradient_raises_answers_with_a_thumb_up_and_lowers_the_others_but_s
     assert ratios.grad.tolist() == pytest.approx([-0.25, 0.25, 0.0, 0.0], abs=1e-6)
 
 
-def test_the_estimate_of_kl_is_a_mean_never_below_zero_and_without_gradient() -> None:
-    ratios = torch.tensor([3.0, -1.0], requires_grad=True)
-    assert kl_of(ratios).item() == 1.0
-    assert kl_of(torch.tensor([1.0, -3.0])).item() == 0.0
-    assert not kl_of(ratios).requires_grad
-
-
 @pytest.mark.parametrize(
     ("ups", "downs", "expected"),
     [(4, 4, (1.0, 1.0)), (4, 3, (1.0, 1.0)), (1, 4, (4.0, 1.0)), (8, 2, (1.0, 3.0)), (5, 0, (1.0, 1.0))],
@@ -142,6 +139,12 @@ def by_hand(model: Transformer, prompt: list[int], answer: list[int]) -> float:
     return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
 
 
+def whole_loss(method: Method, policy: Transformer, chosen: Sequence[int]) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss and figures of a batch in one part."""
+    ((loss, shares),) = method.losses(policy, chosen, [(chosen, 1.0)])
+    return loss, {name: share.item() for name, share in shares.items()}
+
+
 def moved(model: Transformer, by: float = 0.02) -> Transformer:
     """A policy somewhere else than the reference."""
     out = copy.deepcopy(model)
@@ -162,10 +165,10 @@ def test_answers_packed_together_are_what_each_is_alone(model: Transformer) -> N
 
 
 def test_where_policy_and_reference_are_one_dpo_loses_log_two_and_kto_a_half(model: Transformer) -> None:
-    loss, stats = Comparisons(model, OPINIONS, DPOOptions(chosen_coefficient=0.0)).loss(model, [0, 1, 2])
+    loss, stats = whole_loss(Comparisons(model, OPINIONS, DPOOptions(chosen_coefficient=0.0)), model, [0, 1, 2])
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert stats["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    loss, stats = Thumbs(model, OPINIONS, KTOOptions(), seed=1).loss(model, range(6))
+    loss, stats = whole_loss(Thumbs(model, OPINIONS, KTOOptions(), seed=1), model, range(6))
     assert loss.item() == pytest.approx(0.5, abs=1e-5)
     assert stats["kl"] == pytest.approx(0, abs=1e-4)
 
@@ -176,37 +179,72 @@ def test_dpo_of_a_batch_is_the_mean_of_its_pairs_by_hand(model: Transformer) -> 
     prompts, answers, pairs = find_pairs(OPINIONS)
     ratio = [by_hand(policy, p, a) - by_hand(model, p, a) for p, a in zip(prompts, answers, strict=True)]
     losses = [-math.log(sigma(0.3 * (ratio[better] - ratio[worse]))) for better, worse in pairs]
-    found, stats = comparisons.loss(policy, [2, 0])
+    found, stats = whole_loss(comparisons, policy, [2, 0])
     assert found.item() == pytest.approx((losses[2] + losses[0]) / 2, abs=1e-4)
-    again, _ = comparisons.loss(policy, [0, 2])
+    again, _ = whole_loss(comparisons, policy, [0, 2])
     assert again.item() == pytest.approx(found.item(), abs=1e-6)  # the order within a batch is nothing
     chosen, rejected = (0.3 * sum(ratio[pairs[i][side]] for i in (2, 0)) / 2 for side in (0, 1))
     assert (stats["rewards/chosen"], stats["rewards/rejected"]) == pytest.approx((chosen, rejected), abs=1e-4)
     by_token = DPOOptions(beta=0.3, length_normalised=True, chosen_coefficient=0.0)
-    normalised = Comparisons(model, OPINIONS, by_token).loss(policy, [0])[0]
+    normalised = whole_loss(Comparisons(model, OPINIONS, by_token), policy, [0])[0]
     better, worse = pairs[0]
     z = 0.3 * (ratio[better] / len(answers[better]) - ratio[worse] / len(answers[worse]))
     assert normalised.item() == pytest.approx(-math.log(sigma(z)), abs=1e-4)
-    kept = Comparisons(model, OPINIONS, DPOOptions(beta=0.3, chosen_coefficient=0.7)).loss(policy, [2, 0])[0]
+    keeping = DPOOptions(beta=0.3, chosen_coefficient=0.7)
+    kept = whole_loss(Comparisons(model, OPINIONS, keeping), policy, [2, 0])[0]
     sides = [pairs[2][0], pairs[0][0]]
     nll = sum(-by_hand(policy, prompts[i], answers[i]) / len(answers[i]) for i in sides) / 2
     assert kept.item() == pytest.approx(found.item() + 0.7 * nll, abs=1e-4)
 
 
 def test_kto_of_a_batch_by_hand(model: Transformer) -> None:
+    """KL is the mean over foreign answers, 0 where that is below, and no gradient goes through it."""
     policy = moved(model)
-    thumbs = Thumbs(model, OPINIONS, KTOOptions(beta=0.3), seed=1)
+    thumbs = Thumbs(model, OPINIONS, KTOOptions(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5), seed=1)
     assert thumbs.values == [1, -1, -1, 1, 1, -1]  # what was only compared has no thumb
-    chosen = [0, 3, 5]
 
     def ratio(of: Answers, i: int) -> float:
         return by_hand(policy, of.prompts[i], of.answers[i]) - by_hand(model, of.prompts[i], of.answers[i])
 
-    kl = max(0.0, sum(ratio(thumbs.foreign, i) for i in chosen) / 3)
-    expected = sum(1 - sigma(thumbs.values[i] * 0.3 * (ratio(thumbs.answers, i) - kl)) for i in chosen) / 3
-    loss, stats = thumbs.loss(policy, chosen)
-    assert loss.item() == pytest.approx(expected, abs=1e-4)
-    assert stats["kl"] == pytest.approx(kl, abs=1e-3)
+    foreign, own = ([ratio(of, i) for i in range(6)] for of in (thumbs.foreign, thumbs.answers))
+    order = sorted(range(6), key=lambda i: foreign[i])
+    signs = set()
+    for chosen in (order[:3], order[3:], [1, 2]):
+        mean = sum(foreign[i] for i in chosen) / len(chosen)
+        kl = max(0.0, mean)
+        signs.add(mean > 0)
+        losses = {i: 1 - sigma(thumbs.values[i] * 0.3 * (own[i] - kl)) for i in chosen}
+        expected = sum((1.5 if thumbs.values[i] > 0 else 0.5) * losses[i] for i in chosen) / len(chosen)
+        loss, stats = whole_loss(thumbs, policy, chosen)
+        assert loss.item() == pytest.approx(expected, abs=1e-4)
+        assert stats["kl"] == pytest.approx(kl, abs=1e-3)
+        right = [(own[i] > kl) == (thumbs.values[i] > 0) for i in chosen]
+        assert stats["rewards/accuracy"] == pytest.approx(sum(right) / len(chosen))
+        for name, sign in (("rewards/chosen", 1), ("rewards/rejected", -1)):
+            side = [0.3 * own[i] for i in chosen if thumbs.values[i] == sign]
+            assert (name in stats) == bool(side)
+            assert not side or stats[name] == pytest.approx(sum(side) / len(side), abs=1e-3)
+    assert signs == {True, False}
+    assert not thumbs.kl(policy, [([0, 1], 1.0)], 2).requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_parts_of_a_batch_add_up_to_its_gradient_and_figures(model: Transformer, size: int) -> None:
+    policy, chosen = moved(model), [0, 1, 2]
+    keeping = DPOOptions(beta=0.3, chosen_coefficient=0.7, label_smoothing=0.1)
+    for method in (Comparisons(model, OPINIONS, keeping), Thumbs(model, OPINIONS, KTOOptions(), seed=1)):
+        policy.zero_grad()
+        loss, stats = whole_loss(method, policy, chosen)
+        loss.backward()
+        expected = {name: p.grad.clone() for name, p in policy.named_parameters()}
+        policy.zero_grad()
+        figures = Figures()
+        for loss_of_part, shares in method.losses(policy, chosen, list(Ranks().cut(chosen, size))):
+            loss_of_part.backward()
+            figures.add({"loss": loss_of_part, **shares})
+        for name, p in policy.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-3)
+        assert figures.total() == pytest.approx({"loss": loss.item(), **stats}, abs=1e-5)
 
 
 def test_a_foreign_answer_that_is_too_long_is_cut_to_the_context(model: Transformer) -> None:
@@ -214,7 +252,7 @@ def test_a_foreign_answer_that_is_too_long_is_cut_to_the_context(model: Transfor
     opinions = [Rated([9] * (room - 2), [[5, 2]], [1]), Rated([3], [[6] * (room - 1)], [-1])]
     thumbs = Thumbs(model, opinions, KTOOptions(), seed=1)
     assert [len(a) for a in thumbs.foreign.answers] == [3, 2]
-    thumbs.loss(model, [0, 1])
+    whole_loss(thumbs, model, [0, 1])
 
 
 def test_a_few_steps_move_the_policy_where_people_want_it(model: Transformer) -> None:
@@ -223,7 +261,7 @@ def test_a_few_steps_move_the_policy_where_people_want_it(model: Transformer) ->
         policy = copy.deepcopy(model)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
         for _ in range(10):
-            loss, stats = method.loss(policy, range(len(method)))
+            loss, stats = whole_loss(method, policy, range(len(method)))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -274,6 +312,7 @@ def test_accuracy_on_heldout_pairs_counts_what_the_log_ratios_order_rightly(mode
         ("dpo", DPOOptions, {"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
         ("dpo", DPOOptions, {"chosen_coefficient": -1.0}, "chosen_coefficient must not be negative"),
         ("dpo", DPOOptions, {"ptx_coefficient": -1.0}, "ptx_coefficient must not be negative"),
+        ("dpo", DPOOptions, {"micro_batch": 0}, "micro_batch must be at least 1, not 0"),
         ("kto", KTOOptions, {"batch_size": 1}, "batch_size must be at least 2"),
         ("kto", KTOOptions, {"undesirable_weight": 0.0}, "undesirable_weight must be above 0, or null"),
         ("kto", KTOOptions, {"smoothing": 0.1}, "kto.smoothing is not known"),

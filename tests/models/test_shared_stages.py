@@ -25,6 +25,7 @@ PPO = COMMON | {  # answers of up to 5 tokens, 3 at a time in each process: thei
     "iterations": 6, "batch_size": 6, "minibatches": 2, "epochs": 1, "max_new_tokens": 5, "rollout_width": 3,
     "ptx_conversations": 3, "learning_rate": 1e-3, "critic_learning_rate": 1e-3,
 }  # fmt: skip
+PREFERENCE = COMMON | {"epochs": 2, "batch_size": 5, "samples": 4, "max_new_tokens": 4, "ptx_conversations": 3}
 LORA = {"rank": 2, "alpha": 4.0}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches of 5: the last of an epoch has 4
     "sft": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "learning_rate": 1e-3}}),
@@ -36,6 +37,11 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches
     "ppo": ("ppo", {"ppo": PPO | {"kl_target": 2.0, "kl_horizon": 40, "ema_decay": 0.7, "whiten_rewards": True}}),
     "ppo shared critic": ("ppo", {"ppo": PPO | {"critic": "shared", "rollout_correction": 1.5}}),
     "ppo lora in parts": ("ppo", {"ppo": PPO | {"micro_batch": 1, "missing_eos_penalty": -1.0}, "lora": LORA}),
+    "dpo": ("dpo", {"dpo": PREFERENCE}),
+    "dpo in parts": ("dpo", {"dpo": PREFERENCE | {"micro_batch": 1, "ptx_conversations": 1, "ptx_batch_size": 1}}),
+    "dpo lora": ("dpo", {"dpo": PREFERENCE, "lora": LORA}),
+    "kto": ("kto", {"kto": PREFERENCE}),
+    "kto in parts": ("kto", {"kto": PREFERENCE | {"micro_batch": 1, "ptx_coefficient": 0.0}}),
 }  # fmt: skip
 
 pytestmark = pytest.mark.slow
@@ -71,7 +77,7 @@ def same_curve(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def done(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with each stage's work in one/NAME and two/NAME, and in changed/NAME what two processes made of the
-    checkpoint that one had saved after step 4."""
+    checkpoint that one had saved two steps before its last."""
     root = tmp_path_factory.mktemp("shared")
     config = ModelConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
@@ -112,5 +118,6 @@ def test_checkpoints_go_from_one_number_of_processes_to_another(done: Path, tmp_
     unfinished(done / "two" / name, tmp_path / "work")
     stage, params = STAGES[name]
     _, events = run_stage(done, stage, tmp_path / "work", params)
-    assert [event["step"] for event in events if event["event"] == "resumed"] == [4]
+    (resumed,) = [event["step"] for event in events if event["event"] == "resumed"]
+    assert resumed == len(curve(done / "two" / name)) - 2
     same_curve(tmp_path / "work", done / "one" / name)
