@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,31 +12,64 @@ from torch import Tensor
 CHUNK = 512  # rows: logits of a chunk stay in the cache, and a matrix product of this height runs near its peak
 
 
+def _nll_and_softmax(logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax at the targets at [rows, 1] → [rows], and the softmax [rows, V] in the logits' own memory (fp32).
+
+    The normalizer is read off the largest probability, which is at least 1/V: −log p of an unlikely target would be infinite.
+    """
+    top, target = logits.amax(-1), logits.gather(1, at)[:, 0]
+    p = torch.softmax(logits, dim=-1, out=logits)
+    return top - p.amax(-1).log() - target, p
+
+
+class _Chunks:
+    """The output layer by chunks of rows, in hidden's precision, and what gradients of the logits make of hidden and weight."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, needed: Sequence[bool]
+    ) -> None:
+        self.hidden, self.weight, self.targets, self.temperature = hidden, weight.to(hidden.dtype), targets, temperature
+        self.grad_hidden = torch.empty_like(hidden) if needed[0] else None
+        self.grad_weight = torch.zeros_like(weight) if needed[1] else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each chunk's rows, −log p of its targets, and its softmax, which the next step may write into."""
+        for start in range(0, self.hidden.shape[0], CHUNK):
+            rows = slice(start, min(start + CHUNK, self.hidden.shape[0]))
+            logits = F.linear(self.hidden[rows], self.weight).float()
+            if self.temperature != 1:
+                logits.div_(self.temperature)
+            yield rows, *_nll_and_softmax(logits, self.targets[rows, None])
+
+    def pull(self, rows: slice, p: Tensor, slope: Tensor) -> None:
+        """Take in the gradient of a loss with the slope [chunk] by −log p: slope·(p − 1 at the target), which p becomes.
+
+        The slopes go to the narrow side of the products, which has fewer numbers than the logits.
+        """
+        at = self.targets[rows, None]
+        grad = p.scatter_add_(1, at, p.new_full(at.shape, -1.0)).to(self.hidden.dtype)
+        slope = (slope / self.temperature).to(self.hidden.dtype)[:, None]
+        if self.grad_hidden is not None:
+            torch.mm(grad, self.weight, out=self.grad_hidden[rows]).mul_(slope)
+        if self.grad_weight is None:
+            return
+        if self.grad_weight.dtype == self.hidden.dtype:
+            self.grad_weight.addmm_(grad.t(), self.hidden[rows] * slope)
+        else:
+            self.grad_weight += torch.mm(grad.t(), self.hidden[rows] * slope)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Σ weight·nll with the gradient made in the forward pass, so that each chunk's logits are made once."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, learning: bool) -> Tensor:
-        for_hidden, for_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight) if for_weight else None
+        chunks = _Chunks(hidden, weight, targets, 1.0, [learning and needed for needed in ctx.needs_input_grad])
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = F.linear(hidden[rows], weight).float()
-            logp = torch.log_softmax(logits, dim=-1)
-            total -= (logp.gather(1, targets[rows, None])[:, 0] * weights[rows]).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = logp.exp_()
-            grad.scatter_add_(1, targets[rows, None], grad.new_full((grad.shape[0], 1), -1.0))
-            grad.mul_(weights[rows, None])
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        for rows, nll, p in chunks:
+            total += nll @ weights[rows]
+            chunks.pull(rows, p, weights[rows])
+        ctx.save_for_backward(chunks.grad_hidden, chunks.grad_weight)
         return total
 
     @staticmethod
@@ -60,10 +93,8 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
         out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = F.linear(hidden[rows], weight).float() / temperature
-            out[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(-1)
+        for rows, nll, _ in _Chunks(hidden, weight, targets, temperature, (False, False)):
+            torch.neg(nll, out=out[rows])
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
         return out
@@ -71,20 +102,10 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden, weight, targets = ctx.saved_tensors
-        (grad_out,) = grads
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            p = torch.softmax(F.linear(hidden[rows], weight).float() / ctx.temperature, dim=-1).neg_()
-            p.scatter_add_(1, targets[rows, None], p.new_ones((p.shape[0], 1)))
-            p.mul_(grad_out[rows, None] / ctx.temperature)
-            p = p.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(p, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(p.t(), hidden[rows])
-        return grad_hidden, grad_weight, None, None
+        chunks = _Chunks(hidden, weight, targets, ctx.temperature, ctx.needs_input_grad)
+        for rows, _, p in chunks:
+            chunks.pull(rows, p, -grads[0][rows])
+        return chunks.grad_hidden, chunks.grad_weight, None, None
 
 
 def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -107,27 +128,18 @@ class _LogProbLoss(torch.autograd.Function):
         losses: Callable[[Tensor, slice], Tensor],
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        chunks = _Chunks(hidden, weight, targets, temperature, ctx.needs_input_grad)
         total = hidden.new_zeros((), dtype=torch.float32)
         out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows = slice(start, min(start + CHUNK, hidden.shape[0]))
-            logits = F.linear(hidden[rows], weight).float()
-            logp = torch.log_softmax(logits if temperature == 1 else logits.div_(temperature), dim=-1)
+        for rows, nll, p in chunks:
             with torch.enable_grad():
-                chosen = logp.gather(1, targets[rows, None])[:, 0].requires_grad_()
+                chosen = nll.neg_().requires_grad_()
                 loss = losses(chosen, rows).sum()
                 (slope,) = torch.autograd.grad(loss, chosen)
             total += loss.detach()
             out[rows] = chosen.detach()
-            slope = slope[:, None] / temperature
-            grad = logp.exp_().mul_(-slope).scatter_add_(1, targets[rows, None], slope).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.t(), hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            chunks.pull(rows, p, -slope)
+        ctx.save_for_backward(chunks.grad_hidden, chunks.grad_weight)
         ctx.mark_non_differentiable(out)
         return total, out
 

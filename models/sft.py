@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,10 +139,13 @@ def run(job: Job) -> dict[str, Any]:
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
     model.train()
 
+    steps = batches(len(data), options.batch_size, job.seed, 0, options.steps)
     size = min(options.batch_size, len(data))
     together = min(size, most * ranks.size) if most else size
-    largest, _ = next(micro_batches(data, by_length(data, range(len(data)))[-together:], most, job.device, ranks))
-    what = f"sft: {largest.layout.rows} conversations, the longest there are, of {len(largest.tokens)} tokens together"
+    lengths = np.diff(data.offsets)
+    fullest = max((chosen for _, chosen in steps), key=lambda chosen: np.sort(lengths[chosen])[-together:].sum())
+    largest, _ = next(micro_batches(data, by_length(data, fullest)[-together:], most, job.device, ranks))
+    what = f"sft: {largest.layout.rows} conversations of {len(largest.tokens)} tokens together"
     remedy = f"set sft.micro_batch below {largest.layout.rows} in params.yaml"
     parts = len(list(ranks.cut(range(size), most)))
     training.rehearse(model, lambda: sft_loss(model, largest, len(largest.targets)), what, remedy, parts)

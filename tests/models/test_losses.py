@@ -106,3 +106,11 @@ def test_the_norm_is_clipped_over_all_gradients_together() -> None:
     torch.testing.assert_close(torch.cat([first.grad, second.grad]), torch.tensor([0.6, 0.0, 0.8]))
     assert clip_norm([first, second], 2.0) == pytest.approx(1.0)
     torch.testing.assert_close(first.grad, torch.tensor([0.6]))
+
+
+def test_an_unlikely_target_has_a_finite_loss() -> None:
+    """Its probability is 0 in fp32: −log p read off it would be infinite. By hand: 200 − 0 + log(1 + e⁻²⁰⁰) = 200."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[200.0], [0.0]])
+    assert cross_entropy(hidden, weight, torch.tensor([1]), torch.ones(1)).item() == 200.0
+    assert log_probs(hidden, weight, torch.tensor([1])).item() == -200.0
+    assert cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1)).item() == 0.0
