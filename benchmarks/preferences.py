@@ -337,7 +337,7 @@ def section(page: Path) -> str:
     if found is None:
         raise ValueError(f"{page} has no section {TITLE_TABLE!r}: write it anew with python -m benchmarks.preferences")
     return (
-        f"{TITLE}\n\nAccuracy on held-out pairs that people compared, of a reward model from a real base; "
+        f"{TITLE}\n\nAccuracy on held-out pairs that people compared, of a reward model that reads a real base, frozen; "
         f"[{page.name}]({page.name}) says how, on which machine, and with which command.\n\n{found[1]}\n"
     )
 
