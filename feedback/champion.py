@@ -40,7 +40,12 @@ def read_defaults(folder: Path) -> Defaults:
 
 
 class Crown:
-    """Loads the champion when it changes. While the new one loads, or if it cannot be read, the old one answers."""
+    """Loads the champion when it changes. While the new one loads, or if it cannot be read, the old one answers.
+
+    names: what else the champion may be asked for by.
+    """
+
+    names: tuple[str, ...] = ()
 
     def __init__(self, store: Store, engine: Engine, models: Path) -> None:
         """models: the folder with one folder a model, named by its hash."""

@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -58,15 +58,17 @@ def model_name(model_hash: str) -> str:
 
 @router.get("/models")
 async def models(request: Request) -> JSONResponse:
-    """The model that answers, in OpenAI's schema; `model_hash` is an extension. Empty until one is loaded."""
+    """The model that answers, in OpenAI's schema; model_hash, alias and origin are extensions. Empty until one is loaded."""
     service = request.app.state.service
     model_hash = service.engine.model_hash
     if model_hash is None:
         return JSONResponse({"object": "list", "data": []})
     promotion, _ = service.crown.known[model_hash]
     created = int(promotion.created_at.timestamp())
+    alias = (*service.crown.names, "champion")[0]
+    extensions = {"model_hash": model_hash, "alias": alias, "origin": service.engine.kind}
     card = {"id": model_name(model_hash), "object": "model", "created": created, "owned_by": "thumbwheel"}
-    return JSONResponse({"object": "list", "data": [{**card, "model_hash": model_hash, "alias": "champion"}]})
+    return JSONResponse({"object": "list", "data": [{**card, **extensions}]})
 
 
 @router.post("/chat/completions")
@@ -78,7 +80,8 @@ async def chat(request: Request, body: ChatRequest, key: Key = None) -> Response
     subject = speaker(request, body.user)
     draft = begin(request, body, subject, key)
     if key is None:
-        return await answer(service, body, draft)
+        answering = answer(service, body, draft)
+        return await (answering if body.stream else while_there(request, answering))
     async with service.keys.hold((subject, key)):
         known = await service.writer.put(partial(completions.replay, subject=subject, idempotency_key=key))
         if known is not None:
@@ -86,12 +89,28 @@ async def chat(request: Request, body: ChatRequest, key: Key = None) -> Response
         return await answer(service, body, draft)
 
 
+async def while_there(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+    """The whole answer, given up when its asker goes away: nobody else would ever read it."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, leaving = asyncio.create_task(answering), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await answer if answer.done() else Response(status_code=499)
+    finally:
+        answer.cancel()
+        leaving.cancel()
+
+
 def unknown_model(service: Any, name: str | None) -> JSONResponse | None:
     """An error response when there is no model to answer, or another one is asked for than the one that answers."""
     reigning = service.engine.model_hash
     if reigning is None:
         return errors.error(503, "not_ready", service.crown.problem or "the model is being loaded")
-    if name is None or name in (*NAMES, reigning, model_name(reigning)):
+    if name is None or name in (*NAMES, reigning, model_name(reigning), *service.crown.names):
         return None
     text = f"model {name!r} does not answer here; ask for {model_name(reigning)!r} or 'champion'"
     return errors.error(404, "model_not_found", text, "model")
@@ -136,7 +155,9 @@ def origin(service: Any, model_hash: str) -> dict[str, Any]:
     """Where the model that answered comes from, as columns."""
     promotion, _ = service.crown.known[model_hash]
     known = {name: promotion.figures.get(name) for name in ("mlflow_run_id", "data_revision", "code_revision")}
-    return {"model_hash": model_hash, **{name: str(value)[:64] if value else None for name, value in known.items()}}
+    texts = {name: str(value)[:64] if value else None for name, value in known.items()}
+    alias = (*service.crown.names, "champion")[0][:64]
+    return {"model_hash": model_hash, "model_alias": alias, "origin": service.engine.kind, **texts}
 
 
 def ending(done: Done, started: float) -> dict[str, Any]:
@@ -145,7 +166,8 @@ def ending(done: Done, started: float) -> dict[str, Any]:
         "response": done.text,
         "response_token_ids": done.ids,
         "response_logprobs": done.logprobs,
-        "completion_tokens": len(done.ids),
+        "prompt_tokens": done.prompt_tokens or len(done.prompt_ids),
+        "completion_tokens": done.completion_tokens or len(done.ids),
         "status": "complete",
         "finish_reason": done.finish_reason,
         "total_ms": (time.perf_counter() - started) * 1000,
@@ -201,7 +223,8 @@ def headers(service: Any, completion: Completion) -> dict[str, str]:
 
 def usage(completion: Completion) -> dict[str, int]:
     """Token counts, the stop token included."""
-    prompt, response = len(completion.prompt_token_ids), len(completion.response_token_ids)
+    prompt = completion.prompt_tokens or len(completion.prompt_token_ids)
+    response = completion.completion_tokens or len(completion.response_token_ids)
     return {"prompt_tokens": prompt, "completion_tokens": response, "total_tokens": prompt + response}
 
 

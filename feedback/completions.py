@@ -46,6 +46,7 @@ class Completion:
     turn: int = 0
     parent: str | None = None
     model_alias: str = "champion"
+    origin: str = "decoder"
     mlflow_run_id: str | None = None
     data_revision: str | None = None
     code_revision: str | None = None

@@ -92,6 +92,8 @@ class Done:
     logprobs: list[float]
     text: str
     finish_reason: str
+    prompt_tokens: int = 0  # where the counts are told without the ids
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class EngineError(Exception):
 
 
 class Engine(Protocol):
-    """What the service needs of whatever answers."""
+    """What the service needs of whatever answers. kind: what the column `origin` of its answers says."""
+
+    kind: str
 
     @property
     def model_hash(self) -> str | None:
@@ -133,6 +137,8 @@ class Engine(Protocol):
 
 class DecoderEngine:
     """Our decoder in a worker process; see feedback.decoder. To be used from one event loop."""
+
+    kind = "decoder"
 
     def __init__(self, threads: int = 1, width: int = 32) -> None:
         """threads: torch's; width: answers decoded side by side."""

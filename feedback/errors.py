@@ -17,7 +17,13 @@ from feedback.writer import Overloaded
 
 log = logging.getLogger("thumbwheel")
 HTTP_CODE = {404: "not_found", 405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
-ENGINE_STATUS = {"invalid": 400, "context_length_exceeded": 400}
+ENGINE_STATUS = {
+    "invalid": 400,
+    "context_length_exceeded": 400,
+    "engine_failed": 502,
+    "engine_refused": 502,
+    "engine_timeout": 504,
+}
 
 
 def error(
@@ -38,7 +44,7 @@ def invalid(request: Request, exception: RequestValidationError) -> JSONResponse
 
 
 def engine_error(exception: EngineError) -> JSONResponse:
-    """400 when the request is to blame, else 503."""
+    """400 when the request is to blame, 502 or 504 when a server behind us is, else 503."""
     return error(ENGINE_STATUS.get(exception.code, 503), exception.code, exception.message)
 
 

@@ -28,9 +28,10 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from feedback import chat, errors, keys, moderation, page, signin, votes
 from feedback.access import CSRF, TOKEN, Guard
-from feedback.champion import Crown
+from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
 from feedback.identity import Identity, read_secret
+from feedback.remote import RemoteCrown, RemoteEngine
 from feedback.settings import Settings
 from feedback.store import Store
 from feedback.writer import Writer
@@ -45,7 +46,7 @@ class Service:
     store: Store
     writer: Writer
     engine: Engine
-    crown: Crown
+    crown: Crown | RemoteCrown
     identity: Identity
     settings: Settings
     keys: chat.KeyLocks = field(default_factory=chat.KeyLocks)
@@ -75,7 +76,11 @@ def create_app(
         store = Store(database_url)
         await asyncio.to_thread(store.migrate)
         writer = Writer(store)
-        crown = Crown(store, engine, models_root)
+        crown: Crown | RemoteCrown
+        if isinstance(engine, RemoteEngine):
+            crown = RemoteCrown(engine, Defaults(max_tokens=chosen.engine_max_tokens))
+        else:
+            crown = Crown(store, engine, models_root)
         service = app.state.service = Service(store, writer, engine, crown, identity, chosen)
         follower = asyncio.create_task(crown.follow())
         try:
@@ -173,10 +178,10 @@ def main() -> None:
         if needed or settings.require_keys or settings.public_names:
             check_keys(store, f"--host {args.host}: others can reach it" if needed else "keys are asked for")
         store.close()
+        engine: Engine = RemoteEngine(settings) if settings.engine_url else DecoderEngine(args.threads, args.width)
     except ValueError as error:
         parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    engine = DecoderEngine(threads=args.threads, width=args.width)
     app = create_app(args.database_url, args.models_root, engine, settings=settings, keys_needed=needed)
     if needed and not settings.public_names:
         logging.getLogger("thumbwheel").warning("answering to any host name; THUMBWHEEL_PUBLIC_NAMES lists those meant")

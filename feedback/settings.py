@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -25,6 +25,10 @@ class Settings(BaseSettings):
     do on the page where keys are asked for: chat, rate, or nothing. body_limit: bytes of a request. body_seconds: how
     long a request's body may take to arrive. key_rate, address_rate: requests a second, key_burst, address_burst: so many
     at once; a rate of 0 is no limit.
+
+    engine_url: a server of OpenAI's chat completions that answers instead of our decoder, up to /v1; engine_model: one of
+    its models, without it the first that it lists; engine_key: what it asks for; engine_seconds: how long it may be
+    silent; engine_max_tokens: of an answer, where the request says nothing.
     """
 
     model_config = SettingsConfigDict(env_prefix="THUMBWHEEL_", extra="ignore", frozen=True, env_ignore_empty=True)
@@ -40,6 +44,11 @@ class Settings(BaseSettings):
     key_burst: int = Field(default=400, ge=1)
     address_rate: float = Field(default=20.0, ge=0)
     address_burst: int = Field(default=120, ge=1)
+    engine_url: str = ""
+    engine_model: str = ""
+    engine_key: SecretStr | None = None
+    engine_seconds: float = Field(default=60.0, gt=0)
+    engine_max_tokens: int = Field(default=1024, ge=1)
 
     @field_validator("visitor_scopes")
     @classmethod

@@ -34,6 +34,7 @@ KINDS = ("thumb", "comparison", "ranking", "edit", "comment", "implicit", "exper
 # erased: what its author had deleted; the row stays, without its words, so that counts and numbers stay true
 MODERATION = ("pending", "accepted", "quarantined", "rejected", "erased")
 STATUSES = ("streaming", "complete", "aborted", "error", "erased")
+ORIGINS = ("decoder", "remote", "import")
 OPERATIONS = ("create", "revise", "retract", "moderate", "erase")
 
 
@@ -94,6 +95,7 @@ class CompletionRow(Table):
         UniqueConstraint("subject", "idempotency_key"),
         CheckConstraint(one_of("status", STATUSES), name="status"),
         CheckConstraint("turn >= 0", name="turn"),
+        CheckConstraint(one_of("origin", ORIGINS), name="origin"),
         CheckConstraint("prompt_tokens >= 0 AND completion_tokens >= 0", name="tokens"),
         Index(None, "model_hash"),
         Index(None, "conversation"),
@@ -120,6 +122,7 @@ class CompletionRow(Table):
     error: Mapped[str | None] = mapped_column(Text)
     model_hash: Mapped[str] = mapped_column(String(64))
     model_alias: Mapped[str] = mapped_column(String(64))
+    origin: Mapped[str] = mapped_column(String(16), server_default="decoder")  # whose token ids: our decoder's or not
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
     data_revision: Mapped[str | None] = mapped_column(String(64))
     code_revision: Mapped[str | None] = mapped_column(String(64))

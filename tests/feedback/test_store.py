@@ -33,8 +33,8 @@ def test_migrations_make_exactly_the_tables_that_the_code_declares(store: Store)
 
 
 def rows_of(store: Store) -> dict[str, list[tuple[object, ...]]]:
-    """Every row of every table, but for what the second migration added."""
-    new = {"prompt_tokens", "completion_tokens", "strength", "erased", "snapshot_sha256"}
+    """Every row of every table, but for what later migrations added."""
+    new = {"origin", "prompt_tokens", "completion_tokens", "strength", "erased", "snapshot_sha256"}
     with store.read() as connection:
         return {
             table.name: sorted(
