@@ -217,8 +217,14 @@ def consume(connection: sa.Connection, batch_id: int, mlflow_run_id: str | None)
 
 def manifest(connection: sa.Connection) -> dict[str, Any]:
     """See Store.manifest."""
+    return {"batches": [entry(b) for b in listed(connection, only_open=False)]}
+
+
+def entry(batch: Batch) -> dict[str, Any]:
+    """A batch in the manifest. An erasure changes it, so that snapshots are made again without what was erased."""
     keys = ("id", "first_seq", "last_seq", "accepted", "sha256")
-    return {"batches": [{key: getattr(b, key) for key in keys} for b in listed(connection, only_open=False)]}
+    erased = {"erased": batch.erased} if batch.erased else {}
+    return {key: getattr(batch, key) for key in keys} | erased
 
 
 def check_manifest(connection: sa.Connection, entries: list[dict[str, Any]]) -> None:
@@ -226,6 +232,11 @@ def check_manifest(connection: sa.Connection, entries: list[dict[str, Any]]) -> 
     known = {entry["id"]: entry for entry in manifest(connection)["batches"]}
     for entry in entries:
         if known.get(entry["id"]) != entry:
+            if {**known.get(entry["id"], {}), "erased": 0} == {**entry, "erased": 0}:
+                raise ValueError(
+                    f"feedback.manifest.json: opinions of batch {entry['id']} were erased on demand since it was written; "
+                    "what was learned from them cannot be made again. The next flow run writes a new manifest"
+                )
             state = "differs from" if entry["id"] in known else "is not in"
             raise ValueError(
                 f"feedback.manifest.json: batch {entry['id']} {state} the feedback database; "

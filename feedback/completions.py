@@ -70,8 +70,12 @@ def insert(connection: sa.Connection, completion: Completion) -> None:
 
 
 def finish(connection: sa.Connection, completion_id: str, values: dict[str, Any]) -> None:
-    """Write the end of an answer that was inserted as streaming; `values` are columns of the table."""
-    connection.execute(sa.update(table).where(table.c.id == completion_id).values(**values))
+    """Write the end of an answer that was inserted as streaming; `values` are columns of the table.
+
+    An answer that was erased meanwhile stays erased.
+    """
+    streaming = (table.c.id == completion_id) & (table.c.status == "streaming")
+    connection.execute(sa.update(table).where(streaming).values(**values))
 
 
 def get(connection: sa.Connection, completion_id: str) -> Completion | None:

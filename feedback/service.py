@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from feedback import chat, errors, keys, moderation, page, signin, votes
+from feedback import chat, downloads, errors, keys, moderation, page, signin, votes
 from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
@@ -99,6 +99,7 @@ def create_app(
     errors.install(app)
     app.include_router(chat.router)
     app.include_router(votes.router)
+    app.include_router(downloads.router)
     app.include_router(moderation.router)
     app.include_router(page.router)
     app.include_router(signin.router)

@@ -19,12 +19,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
-from feedback import batches, completions, opinions, promotions
+from feedback import batches, completions, erasure, opinions, promotions
 from feedback.batches import Batch, Opinion, Pending
+from feedback.erasure import Erasure
 from feedback.opinions import Event, Vote
 from feedback.promotions import Promotion, StaleChampion
 
-__all__ = ["Batch", "Event", "Opinion", "Pending", "Promotion", "StaleChampion", "Store", "Vote"]
+__all__ = ["Batch", "Erasure", "Event", "Opinion", "Pending", "Promotion", "StaleChampion", "Store", "Vote"]
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # any number that no other program on the database uses
@@ -84,6 +85,28 @@ class Store:
         """A transaction for reading; each statement sees what was committed when it began."""
         with self.engine.connect() as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def moment(self) -> Iterator[sa.Connection]:
+        """A transaction for reading in which all statements see the same moment (as any of SQLite's does)."""
+        options = {"isolation_level": "REPEATABLE READ"} if self.dialect == "postgresql" else {}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+    def scrub(self) -> None:
+        """After an erasure: see that SQLite's log of writes holds none of the old bytes. Waits for those who read.
+
+        PostgreSQL gives the old rows' space to new ones by itself (autovacuum), its own log in time too.
+        """
+        if self.dialect == "sqlite":
+            self._alone("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _alone(self, statement: str) -> None:
+        """Run what SQLite refuses inside a transaction. Raises sqlalchemy.exc.OperationalError when others stay in the way."""
+        with self._turn, contextlib.closing(self.engine.raw_connection()) as connection:
+            row = connection.cursor().execute(statement).fetchone()
+            if row and row[0]:
+                raise sa.exc.OperationalError(statement, None, RuntimeError("the database is being read all the time"))
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to `revision`: up to "head" or a revision above, down to one below ("base" drops them all).
@@ -236,6 +259,25 @@ class Store:
         """
         with self.read() as connection:
             yield from batches.opinions(connection, manifest)
+
+    # erasure
+
+    def erase(self, subject: str) -> Erasure | None:
+        """Erase everything of a person, the bytes in the database's file too; see erasure.erase."""
+        with self.write() as connection:
+            done = erasure.erase(connection, subject)
+        self.scrub()
+        return done
+
+    def unflagged_erasures(self) -> list[Erasure]:
+        """Erasures whose runs and snapshots nobody has seen to yet, oldest first."""
+        with self.read() as connection:
+            return erasure.unflagged(connection)
+
+    def erasure_flagged(self, erasure_id: int) -> None:
+        """Note that an erasure's runs are flagged and its snapshots deleted."""
+        with self.write() as connection:
+            erasure.flagged(connection, erasure_id)
 
     def completion(self, completion_id: str) -> completions.Completion | None:
         """One answer, or None."""
