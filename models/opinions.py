@@ -37,8 +37,8 @@ class Rated:
         return [Preference(up, down) for up in ups for down in downs] + self.preferences
 
     def tokens(self) -> int:
-        """How many tokens its answers are, each with the prompt before it."""
-        return sum(len(self.prompt) + len(answer) for answer in self.answers)
+        """How many tokens a forward pass over it has: its prompt once, and all answers."""
+        return len(self.prompt) + sum(map(len, self.answers))
 
 
 def read_opinions(path: Path, vocab_size: int | None = None, context: int | None = None) -> list[Rated]:

@@ -1,9 +1,10 @@
 """The reward model: what people would think of an answer, learned from lone thumbs and from answers to one prompt.
 
 Two terms over one score r(x, y), the head's reading at an answer's last token:
-- pairs: all answers to a prompt are one element with one forward pass each; the mean of −log σ(r_w − r_l − m) over the
-  prompt's pairs, then the mean over prompts (InstructGPT, Ouyang et al. 2022, eq. 1; ties are left out). A margin m makes
-  r tell strong preferences further apart (Llama 2, Touvron et al. 2023); it is 0 unless asked for;
+- pairs: all answers to a prompt are one element, with one forward pass over each and one over the prompt; the mean of
+  −log σ(r_w − r_l − m) over the prompt's pairs, then the mean over prompts (InstructGPT, Ouyang et al. 2022, eq. 1; ties are
+  left out). A margin m makes r tell strong preferences further apart (Llama 2, Touvron et al. 2023); it is 0 unless asked
+  for;
 - thumbs: −log σ(v·(r + b)) with v = ±1 and an offset b of its own, so that the share of thumbs up does not move r.
 After training r is shifted and scaled to mean 0 and variance 1 over the answers that were rated (Ziegler et al. 2019).
 """
@@ -30,7 +31,7 @@ from models.figures import Figures
 from models.huggingface import from_huggingface, to_huggingface, write_config
 from models.intervals import wilson
 from models.job import Job
-from models.layout import Layout, packed_layout
+from models.layout import Layout, branched_layout, packed_layout
 from models.lora import Learned, LoraOptions, what_learns
 from models.opinions import Preference, Rated, read_opinions
 from models.optim import Optimizer, learning_rate
@@ -113,6 +114,13 @@ def lay_out(sequences: Sequence[Sequence[int]], device: torch.device | str) -> t
     return tokens, packed_layout([len(s) for s in sequences], device)
 
 
+def lay_out_rated(batch: Sequence[Rated], device: torch.device | str) -> tuple[Tensor, Layout]:
+    """All answers to each prompt, whose tokens stand there once: tokens [N], and the layout of the answers."""
+    tokens = torch.tensor([t for rated in batch for ids in (rated.prompt, *rated.answers) for t in ids], device=device)
+    answers = [[len(answer) for answer in rated.answers] for rated in batch]
+    return tokens, branched_layout([len(rated.prompt) for rated in batch], answers, device)
+
+
 @torch.inference_mode()
 def score(
     model: RewardModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], tokens_per_batch: int = 4096
@@ -161,13 +169,14 @@ def counts_of(batch: Sequence[Rated]) -> Counts:
 def batch_loss(
     model: RewardModel, batch: Sequence[Rated], options: RewardOptions, counts: Counts | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What prompts add to their batch's loss, one forward pass an answer, and to its figures (models.figures).
+    """What prompts add to their batch's loss, and to its figures (models.figures): one forward pass over each prompt and each
+    of its answers.
 
     counts: of the whole batch where these are a part of it, the same in all processes: it says which terms there are.
     """
     counts = counts or counts_of(batch)
     device = model.head.weight.device
-    scores = model.scores(*lay_out([[*rated.prompt, *answer] for rated in batch for answer in rated.answers], device))
+    scores = model.scores(*lay_out_rated(batch, device))
     total, figures = 0.0 * scores.sum(), dict[str, Tensor]()
     if counts.thumbs:
         values = torch.tensor([v for rated in batch for v in rated.values], device=device, dtype=torch.float32)

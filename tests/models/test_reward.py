@@ -93,7 +93,7 @@ def test_an_answer_is_one_forward_pass_however_many_pairs_it_is_in(judge: Reward
     answers = [[7], [8, 8], [9], [10, 11, 12]]
     ranked = [Preference(i, j) for i, j in itertools.combinations(range(4), 2)]
     _, parts = batch_loss(judge, [Rated([5, 6], answers, [0] * 4, ranked)], RewardOptions())
-    assert seen == [4 * 2 + 7]
+    assert seen == [2 + 7], "and the prompt one for all of them"
     assert parts.keys() == {"pair_loss"}
 
 
@@ -164,6 +164,25 @@ def test_a_batchs_loss_is_means_over_all_its_thumbs_and_over_its_prompts_with_pa
     assert parts["accuracy"].item() == pytest.approx(sum((s > 0) == (v > 0) for s, v in thumbs) / 7)
     expected = 0.7 * parts["pair_loss"].item() + 0.3 * parts["thumb_loss"].item()
     assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_shared_prompt_gives_the_gradient_of_each_answer_alone(judge: RewardModel) -> None:
+    """Scores and gradients of batch_loss against one forward pass over prompt and answer for each answer by itself."""
+    options = RewardOptions(margin=0.2, centering_coefficient=0.1)
+    loss, _ = batch_loss(judge, BATCH, options)
+    loss.backward()
+    shared = {name: p.grad.clone() for name, p in judge.named_parameters()}
+    judge.zero_grad()
+    alone = [torch.cat([judge.scores(*lay_out([r.prompt + a], "cpu")) for a in r.answers]) for r in BATCH]
+    thumbs = [(s, v) for r, of in zip(BATCH, alone, strict=True) for s, v in zip(of, r.values, strict=True) if v]
+    expected = sum(torch.nn.functional.softplus(-v * (s + judge.offset[0])) for s, v in thumbs) / len(thumbs)
+    for r, of in zip(BATCH, alone, strict=True):
+        if pairs := r.pairs():
+            expected = expected + pair_losses(of, pairs, 0.2, 0.1).mean() / 3
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    for name, p in judge.named_parameters():
+        torch.testing.assert_close(shared[name], p.grad, atol=2e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
