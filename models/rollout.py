@@ -1,27 +1,29 @@
 """Generation: continuous batching over a fixed number of slots, one random stream a request, and scoring of given answers.
 
-Every decode step runs at the same width whatever the load, and prompts are read in blocks of one shape, so a request's
-text depends on its prompt, sampling settings and seed, not on its batch mates (promised per width, device kind and thread
-count).
+Prompts are read in blocks of one shape, and the decoders (models/cpu_decoder.py, models/device_decoder.py) give a row the
+same bits whatever else they compute, so a request's text depends on its prompt, sampling settings and seed, not on its
+batch mates (promised per width, device kind and thread count).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.cpu_decoder import SPAN, CpuDecoder
+from models.device_decoder import DeviceDecoder
 from models.layout import Layout, dense_layout, packed_layout
 from models.losses import log_probs
-from models.transformer import Block, Transformer
+from models.sampling import Doubles, Ints, Sampling
+from models.transformer import Transformer
 
-SPAN = 32  # attention looks at this many keys or a multiple: what is masked adds exact zeros, so the bits do not change
-PREFILL_ROWS = 8  # prompts read together: enough rows for a matrix product to run near its peak
+PREFILL_TOKENS = 256  # read together: enough rows for a matrix product to run near its peak
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ class Request:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One sampled token. logprob is of the distribution that was sampled; finish_reason is None until the last."""
 
     request_id: str
@@ -56,13 +57,6 @@ class Answer:
     finish_reason: str
 
 
-class _Slot:
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.draws = np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens)
-        self.made = 0
-
-
 class Engine:
     """Slots for `width` requests: finished rows leave, waiting prompts enter.
 
@@ -77,18 +71,16 @@ class Engine:
             raise ValueError(f"width must be at least 1, not {width}")
         self.stop_ids = frozenset([stop_id] if isinstance(stop_id, int) else stop_id)
         self.model, self.width = model.eval(), width
-        c = model.config
-        self.context = min(context or c.context_length, c.context_length)
-        device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
-        shape = (c.num_hidden_layers, width, c.num_key_value_heads, self.context, c.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.tokens = torch.zeros(width, dtype=torch.long)
-        self.lengths = torch.zeros(width, dtype=torch.long)
-        self.slots: list[_Slot | None] = [None] * width
+        self.context = min(context or model.config.context_length, model.config.context_length)
+        self.slots: list[Request | None] = [None] * width
+        self.limits = np.zeros(width, dtype=np.int64)  # tokens that each row may still get
         self.waiting: deque[Request] = deque()
-        self.device = device
-        self.weights = _transposed(model)
+        self.device = model.embedding.weight.device
+        self.decoder: CpuDecoder | DeviceDecoder
+        if self.device.type == "cpu":
+            self.decoder = CpuDecoder(model, width, self.context, _together(width, SPAN))
+        else:
+            self.decoder = DeviceDecoder(model, width, self.context)
 
     @property
     def busy(self) -> bool:
@@ -106,97 +98,92 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Forget a request, waiting or under way."""
         self.waiting = deque(r for r in self.waiting if r.id != request_id)
-        self.slots = [None if s and s.request.id == request_id else s for s in self.slots]
+        for row, request in enumerate(self.slots):
+            if request and request.id == request_id:
+                self._free(row)
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """Admit waiting prompts into free slots, then sample one token for every request under way."""
         out = []
-        while self.waiting and self.slots.count(None) >= min(PREFILL_ROWS, self.width, len(self.waiting)):
-            out += self._admit()  # under load a whole block at a time; a lone prompt at once
+        while self.waiting and self.slots.count(None) >= self._block():
+            out += self._admit()
         if any(self.slots):
-            out += self._sample(self._decode(), [row for row, slot in enumerate(self.slots) if slot])
+            decoder = self.decoder
+            ids, logprobs = decoder.step(self._gather(decoder)) if isinstance(decoder, CpuDecoder) else decoder.step()
+            out += self._collect(range(len(ids)), ids, logprobs)
         return out
 
+    def _block(self) -> int:
+        """How many slots must be free before prompts are read: under load a whole block's, a lone prompt's at once."""
+        return min(_together(self.width, self._padded(self.waiting[0])), len(self.waiting))
+
+    def _padded(self, request: Request) -> int:
+        """The length that the prompt is read at, which is its own affair alone."""
+        return _round_up(len(request.prompt), self.context)
+
     def _admit(self) -> list[Token]:
-        """Read up to PREFILL_ROWS waiting prompts of one length class into free slots, and sample their first tokens.
+        """Read waiting prompts of one padded length into free slots, and sample their first tokens.
 
         The block has the same shape however many there are; what pads it comes after, so no prompt sees it.
         """
-        longest = _round_up(len(self.waiting[0].prompt), self.context)
-        free = [row for row, slot in enumerate(self.slots) if slot is None][:PREFILL_ROWS]
+        longest = self._padded(self.waiting[0])
+        block = _together(self.width, longest)
+        free = [row for row, slot in enumerate(self.slots) if slot is None][:block]
         chosen: list[Request] = []
+        others: list[Request] = []
         while self.waiting and len(chosen) < len(free):
-            if _round_up(len(self.waiting[0].prompt), self.context) != longest:
-                break
-            chosen.append(self.waiting.popleft())
-        block = torch.zeros(PREFILL_ROWS, longest, dtype=torch.long)
+            request = self.waiting.popleft()
+            (chosen if self._padded(request) == longest else others).append(request)
+        self.waiting.extendleft(reversed(others))
+        tokens = torch.zeros(block, longest, dtype=torch.long)
         for i, request in enumerate(chosen):
-            block[i, : len(request.prompt)] = torch.tensor(request.prompt)
-        tokens = block.view(-1).to(self.device)
-        hidden, cache = self.model.forward_with_cache(tokens, dense_layout(PREFILL_ROWS, longest, self.device))
-        rows = free[: len(chosen)]
-        for layer, (k, v) in enumerate(cache):
-            for store, new in ((self.keys, k), (self.values, v)):
-                blocks = new.view(PREFILL_ROWS, longest, *new.shape[1:]).transpose(1, 2)
-                store[layer, rows, :, :longest] = blocks[: len(chosen)]
-        for row, request in zip(rows, chosen, strict=True):
-            self.slots[row], self.lengths[row] = _Slot(request), len(request.prompt)
-        last = torch.arange(PREFILL_ROWS) * longest
+            tokens[i, : len(request.prompt)] = torch.tensor(request.prompt)
+        layout = dense_layout(block, longest, self.device)
+        last = torch.arange(block) * longest
         last[: len(chosen)] += torch.tensor([len(request.prompt) - 1 for request in chosen])
-        logits = self.model.logits(hidden[last.to(self.device)])
-        return self._sample(logits[: len(chosen)], rows, first=True)
+        hidden, cache = self.model.forward_with_cache(tokens.view(-1).to(self.device), layout, last.to(self.device))
+        rows, lengths = free[: len(chosen)], [len(request.prompt) for request in chosen]
+        samplings = []
+        for row, request in zip(rows, chosen, strict=True):
+            self.slots[row] = request
+            self.limits[row] = min(request.max_new_tokens, self.context - len(request.prompt))
+            numbers = np.random.Generator(np.random.Philox(request.seed)).random(self.limits[row])
+            samplings.append(Sampling(request.temperature, request.top_k, request.top_p, numbers))
+        self.decoder.begin(rows, lengths, [(_blocks(k, block), _blocks(v, block)) for k, v in cache], samplings)
+        ids, logprobs = self.decoder.first(hidden, np.array(rows))
+        return self._collect(rows, ids, logprobs)
 
-    def _decode(self) -> Tensor:
-        """One step at full width: [width] tokens → logits [width, V]. Idle rows compute and are ignored."""
-        at = self.lengths.to(self.device)
-        span = _round_up(int(self.lengths.max()) + 1, self.context)
-        x = self.model.embedding(self.tokens.to(self.device))
-        cos, sin = self.model.cos[at].to(x.dtype), self.model.sin[at].to(x.dtype)
-        blocks = self.model.layers
-        masks = {w: _mask(at, span, w, x.dtype) for w in {block.attention.window for block in blocks}}
-        rows = torch.arange(self.width, device=self.device)
-        for layer, block in enumerate(blocks):
-            x = self._decode_block(block, layer, x, cos, sin, masks[block.attention.window], rows, at)
-        self.lengths += torch.tensor([slot is not None for slot in self.slots])
-        return self.model.norm(x) @ self.weights[-1][0]
-
-    def _decode_block(
-        self, block: Block, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, rows: Tensor, at: Tensor
-    ) -> Tensor:
-        a, w = block.attention, self.weights[layer]
-        q, k, v = a.split(_linear(block.attention_norm(x), w[0], a.qkv.bias), cos, sin)
-        self.keys[layer, rows, :, at] = k
-        self.values[layer, rows, :, at] = v
-        q = q.reshape(self.width, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
-        span = mask.shape[-1]
-        scores = q @ self.keys[layer, :, :, :span].transpose(-1, -2) * a.head_dim**-0.5 + mask
-        y = (scores.softmax(-1) @ self.values[layer, :, :, :span]).reshape(self.width, -1)
-        y = _linear(y, w[1], a.o.bias)
-        x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
-        gate, up = _linear(block.mlp_norm(x), w[2], block.gate_up.bias).chunk(2, dim=-1)
-        y = _linear(F.silu(gate) * up, w[3], block.down.bias)
-        return x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
-
-    def _sample(self, logits: Tensor, rows: list[int], first: bool = False) -> list[Token]:
-        """Sample for the given rows (of full-width logits, or of just these rows when first) and free what has ended."""
-        live = [(row, slot) for row in rows if (slot := self.slots[row])]
-        if not first and len(rows) < self.width:
-            logits = logits[rows]
-        ids, logprobs = _draw(logits, [slot for _, slot in live])
-        out = []
-        for (row, slot), id, logprob in zip(live, ids, logprobs, strict=True):
-            slot.made += 1
-            room = self.context - len(slot.request.prompt) - slot.made
-            reason = "stop" if id in self.stop_ids else None
-            if reason is None and (slot.made >= slot.request.max_new_tokens or room < 1):
-                reason = "length"
-            self.tokens[row] = id
-            if reason:
+    def _gather(self, decoder: CpuDecoder) -> int:
+        """Bring the requests under way into as few rows as the decoder can compute; returns that number."""
+        live = [row for row, slot in enumerate(self.slots) if slot]
+        height = next(h for h in decoder.heights if h >= len(live))
+        free = iter([row for row in range(height) if self.slots[row] is None])
+        for row in live:
+            if row >= height:
+                target = next(free)
+                decoder.move(row, target)
+                self.slots[target], self.limits[target] = self.slots[row], self.limits[row]
                 self.slots[row] = None
-                self.lengths[row] = 0
-            out.append(Token(slot.request.id, id, logprob, reason))
+        return height
+
+    def _collect(self, rows: Iterable[int], ids: Ints, logprobs: Doubles) -> list[Token]:
+        """What was sampled for rows, without the idle ones; frees what has ended."""
+        out = []
+        for row, id, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+            request = self.slots[row]
+            if request is None:
+                continue
+            self.limits[row] -= 1
+            reason = "stop" if id in self.stop_ids else None if self.limits[row] else "length"
+            if reason:
+                self._free(row)
+            out.append(Token(request.id, id, logprob, reason))
         return out
+
+    def _free(self, row: int) -> None:
+        self.slots[row] = None
+        self.decoder.end(row)
 
 
 def _round_up(length: int, context: int) -> int:
@@ -204,61 +191,14 @@ def _round_up(length: int, context: int) -> int:
     return min(context, -(-length // SPAN) * SPAN)
 
 
-def _mask(at: Tensor, span: int, window: int, dtype: torch.dtype) -> Tensor:
-    """[width, 1, 1, span]: 0 for the keys that the token at place `at` [width] sees, −inf for others.
-
-    It sees itself and those before it; with a window, that many in all.
-    """
-    place = torch.arange(span, device=at.device)[None, :]
-    unseen = place > at[:, None]
-    if window:
-        unseen |= place <= at[:, None] - window
-    mask = torch.zeros(unseen.shape, device=at.device, dtype=dtype).masked_fill_(unseen, float("-inf"))
-    return mask[:, None, None]
+def _together(width: int, length: int) -> int:
+    """How many prompts of a padded length are read together: few when they are long, so that none waits for much."""
+    return max(1, min(width, PREFILL_TOKENS // length))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [rows, in] · weight [in, out] + bias."""
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
-
-
-def _transposed(model: Transformer) -> list[list[Tensor]]:
-    """Weights as [in, out], made once a rollout: several rows times [in, out] runs faster on a CPU than [out, in]."""
-    layers = [[b.attention.qkv, b.attention.o, b.gate_up, b.down] for b in model.layers]
-    out = [[linear.weight.detach().t().contiguous() for linear in layer] for layer in layers]
-    return [*out, [model.head_weight.detach().t().contiguous()]]
-
-
-def _draw(logits: Tensor, slots: Sequence[_Slot]) -> tuple[list[int], list[float]]:
-    """Inverse-CDF sampling with each request's own number: logits [rows, V] → ids and log-probabilities."""
-    requests = [slot.request for slot in slots]
-    temperature = torch.tensor([r.temperature for r in requests], device=logits.device)
-    greedy = temperature == 0
-    logp = torch.log_softmax(logits.float() / temperature.masked_fill(greedy, 1.0)[:, None], dim=-1)
-    if any(r.top_k or r.top_p < 1 for r in requests):
-        logp = torch.stack([_filter(row, r) for row, r in zip(logp, requests, strict=True)])
-    cumulative = logp.exp().cumsum(-1, dtype=torch.float64)
-    numbers = torch.tensor([slot.draws[slot.made] for slot in slots], device=logits.device, dtype=torch.float64)
-    ids = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
-    ids = ids.clamp_max(logits.shape[-1] - 1)
-    if greedy.any():
-        ids = torch.where(greedy, logp.argmax(-1), ids)
-    chosen = logp.gather(1, ids[:, None])[:, 0].masked_fill(greedy, 0.0)
-    return ids.tolist(), chosen.tolist()
-
-
-def _filter(logp: Tensor, request: Request) -> Tensor:
-    """Keep the top_k and the smallest set that holds top_p of the probability (Holtzman et al. 2020); renormalise."""
-    ordered, order = logp.sort(descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if request.top_k:
-        keep[request.top_k :] = False
-    if request.top_p < 1:
-        before = ordered.exp().cumsum(0) - ordered.exp()
-        keep &= before < request.top_p
-    out = torch.full_like(logp, float("-inf"))
-    out[order[keep]] = ordered[keep]
-    return torch.log_softmax(out, dim=-1)
+def _blocks(cached: Tensor, rows: int) -> Tensor:
+    """Keys or values [P·T, K, D] → [P, T, K, D]."""
+    return cached.view(rows, -1, *cached.shape[1:])
 
 
 def generate(
