@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,10 +17,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from feedback import completions, errors
+from feedback import completions, errors, logprobs
 from feedback.champion import Defaults
 from feedback.completions import Completion
 from feedback.engine import Ask, Done, EngineError, Piece, Started
+from feedback.logprobs import Token
 from feedback.opinions import Refused, sha256
 from feedback.schemas import ChatRequest
 from feedback.votes import speaker
@@ -63,12 +64,23 @@ async def models(request: Request) -> JSONResponse:
     model_hash = service.engine.model_hash
     if model_hash is None:
         return JSONResponse({"object": "list", "data": []})
+    return JSONResponse({"object": "list", "data": [card(service, model_hash)]})
+
+
+@router.get("/models/{name}")
+async def model(request: Request, name: str) -> JSONResponse:
+    """The model that answers, under any of its names."""
+    service = request.app.state.service
+    return unknown_model(service, name) or JSONResponse(card(service, service.engine.model_hash))
+
+
+def card(service: Any, model_hash: str) -> dict[str, Any]:
+    """OpenAI's model object."""
     promotion, _ = service.crown.known[model_hash]
     created = int(promotion.created_at.timestamp())
     alias = (*service.crown.names, "champion")[0]
     extensions = {"model_hash": model_hash, "alias": alias, "origin": service.engine.kind}
-    card = {"id": model_name(model_hash), "object": "model", "created": created, "owned_by": "thumbwheel"}
-    return JSONResponse({"object": "list", "data": [{**card, **extensions}]})
+    return {"id": model_name(model_hash), "object": "model", "created": created, "owned_by": "thumbwheel", **extensions}
 
 
 @router.post("/chat/completions")
@@ -77,6 +89,9 @@ async def chat(request: Request, body: ChatRequest, key: Key = None) -> Response
     service = request.app.state.service
     if problem := unknown_model(service, body.model):
         return problem
+    if key is not None and body.logprobs:
+        text = "logprobs are not kept, so a repetition could not tell them: leave out the Idempotency-Key, or logprobs"
+        return errors.error(400, "invalid_request", text, "logprobs")
     subject = speaker(request, body.user)
     draft = begin(request, body, subject, key)
     if key is None:
@@ -146,9 +161,11 @@ def begin(request: Request, body: ChatRequest, subject: str, key: str | None) ->
     )
 
 
-def ask_of(draft: Completion, stream: bool) -> Ask:
+def ask_of(body: ChatRequest, draft: Completion, stream: bool) -> Ask:
     """The question to the engine."""
-    return Ask(id=draft.id, messages=draft.request_messages, stream=stream, **draft.sampling)
+    return Ask(
+        id=draft.id, messages=draft.request_messages, stream=stream, logprobs=bool(body.logprobs), **draft.sampling
+    )
 
 
 def origin(service: Any, model_hash: str) -> dict[str, Any]:
@@ -181,12 +198,13 @@ async def answer(service: Any, body: ChatRequest, draft: Completion) -> Response
     if body.stream:
         return await stream(service, body, draft)
     started = time.perf_counter()
-    async for message in service.engine.answer(ask_of(draft, False)):
+    async for message in service.engine.answer(ask_of(body, draft, False)):
         if isinstance(message, Done):
             columns = {**origin(service, message.model_hash), **ending(message, started)}
             completion = replace(draft, prompt_token_ids=message.prompt_ids, **columns)
             await service.writer.put(partial(completions.insert, completion=completion))
-            return JSONResponse(whole(completion), headers=headers(service, completion))
+            service.metrics.answered(completion)
+            return JSONResponse(whole(completion, message.tokens), headers=headers(service, completion))
     raise EngineError("engine_stopped", "the engine ended without an answer")
 
 
@@ -239,12 +257,12 @@ def frame(completion: Completion, kind: str) -> dict[str, Any]:
     }
 
 
-def whole(completion: Completion) -> dict[str, Any]:
+def whole(completion: Completion, tokens: Sequence[Token] = ()) -> dict[str, Any]:
     """OpenAI's chat.completion; token_ids and prompt_token_ids are extensions."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": completion.response, "refusal": None},
-        "logprobs": None,
+        "logprobs": logprobs.content(tokens),
         "finish_reason": completion.finish_reason,
         "token_ids": completion.response_token_ids,
     }
@@ -257,16 +275,22 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def chunk(completion: Completion, delta: dict[str, str], finish_reason: str | None = None, **extra: Any) -> str:
+def chunk(
+    completion: Completion,
+    delta: dict[str, str],
+    finish_reason: str | None = None,
+    tokens: Sequence[Token] = (),
+    **extra: Any,
+) -> str:
     """OpenAI's chat.completion.chunk as an event."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason, **extra}
+    told = logprobs.content(tokens)
+    choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": finish_reason, **extra}
     return event({**frame(completion, "chat.completion.chunk"), "choices": [choice]})
 
 
-def last_chunks(completion: Completion, body: ChatRequest) -> list[str]:
+def last_chunks(completion: Completion, body: ChatRequest, tokens: Sequence[Token] = ()) -> list[str]:
     """The end of a streamed answer."""
-    ids = {"token_ids": completion.response_token_ids}
-    lines = [chunk(completion, {}, completion.finish_reason, **ids)]
+    lines = [chunk(completion, {}, completion.finish_reason, tokens, token_ids=completion.response_token_ids)]
     if body.stream_options and body.stream_options.include_usage:
         lines.append(event({**frame(completion, "chat.completion.chunk"), "choices": [], "usage": usage(completion)}))
     return [*lines, "data: [DONE]\n\n"]
@@ -307,7 +331,7 @@ async def produce(
     completion, ids, text = draft, list[int](), ""
     columns: dict[str, Any] = {"status": "aborted"}
     try:
-        async with contextlib.aclosing(service.engine.answer(ask_of(draft, True))) as messages:
+        async with contextlib.aclosing(service.engine.answer(ask_of(body, draft, True))) as messages:
             async for message in messages:
                 if isinstance(message, Started):
                     columns = origin(service, message.model_hash)
@@ -319,11 +343,13 @@ async def produce(
                     if not ids:
                         columns["first_token_ms"] = (time.perf_counter() - started) * 1000
                     ids, text = message.ids, text + message.text
-                    outbox.put_nowait(chunk(completion, {"content": message.text}))
+                    outbox.put_nowait(chunk(completion, {"content": message.text}, tokens=message.tokens))
                 else:
                     columns = {**columns, **ending(message, started)}
                     await finish(service, completion, columns)
-                    for line in last_chunks(replace(completion, **columns), body):
+                    completion = replace(completion, **columns)
+                    service.metrics.answered(completion)
+                    for line in last_chunks(completion, body, message.tokens):
                         outbox.put_nowait(line)
                     outbox.put_nowait(None)
     except Exception as error:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from feedback.engine import Ask, Cancel, Done, Failed, Load, Loaded, LoadFailed, Piece, Started
+from feedback.logprobs import Token, bytes_of
 from models.checkpoint import load_model, model_hash
 from models.rollout import Engine, Request
 from models.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Answer:
         self.ask, self.prompt_ids, self.tokenizer = ask, prompt_ids, tokenizer
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.tokens: list[Token] = []  # with Ask.logprobs: those not yet handed over
         self.sent = 0
         self.text = ""
         self.keep = max((len(stop) - 1 for stop in ask.stop), default=0)
@@ -57,6 +59,10 @@ class Answer:
         """
         self.ids.append(id)
         self.logprobs.append(logprob)
+        if self.ask.logprobs:
+            text, named = self.tokenizer.decode([id]), self.tokenizer.decode([id], skip_special=False)
+            if text == named:  # a special token, as the one that ends an answer, is none of the message's
+                self.tokens.append(Token(bytes_of(self.tokenizer.inner.id_to_token(id), text), logprob))
         if not (self.ask.stream or self.ask.stop or finished):
             return "", False
         self.text = self.tokenizer.decode(self.ids).replace("\0", "\ufffd")  # PostgreSQL keeps no NUL
@@ -69,6 +75,11 @@ class Answer:
         piece = self.text[self.sent : max(end, self.sent)]
         self.sent += len(piece)
         return piece, bool(found)
+
+    def told(self) -> list[Token]:
+        """The tokens that were not handed over yet."""
+        tokens, self.tokens = self.tokens, []
+        return tokens
 
 
 class Decoder:
@@ -166,17 +177,15 @@ class Decoder:
                 continue
             piece, stopped = answer.add(token.id, token.logprob, token.finish_reason is not None)
             if answer.ask.stream and piece:
-                self.outbox.append(Piece(token.request_id, piece, list(answer.ids)))
+                self.outbox.append(Piece(token.request_id, piece, list(answer.ids), answer.told()))
             reason = "stop" if stopped else token.finish_reason
             if reason is None:
                 continue
             del model.answers[token.request_id]
             if stopped and token.finish_reason is None:
                 model.engine.cancel(token.request_id)
-            done = Done(
-                token.request_id, model.hash, answer.prompt_ids, answer.ids, answer.logprobs, answer.text, reason
-            )
-            self.outbox.append(done)
+            said = (answer.prompt_ids, answer.ids, answer.logprobs, answer.text, reason)
+            self.outbox.append(Done(token.request_id, model.hash, *said, tokens=answer.told()))
 
 
 def main(descriptor: int, threads: int, width: int) -> None:

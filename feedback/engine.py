@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+from feedback.logprobs import Token
+
 
 @dataclass(frozen=True)
 class Load:
@@ -38,6 +40,7 @@ class Ask:
     seed: int = 0
     stop: list[str] = field(default_factory=list)
     stream: bool = False
+    logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,23 @@ class Started:
 
 @dataclass(frozen=True)
 class Piece:
-    """From the worker, for a streamed answer: text that may be shown, and all token ids so far."""
+    """From the worker, for a streamed answer: text that may be shown, and all token ids so far.
+
+    tokens: with Ask.logprobs, those that came since the piece before.
+    """
 
     id: str
     text: str
     ids: list[int]
+    tokens: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Done:
-    """From the worker: the whole answer; `ids` has the stop token when it was sampled, `logprobs` are in nats."""
+    """From the worker: the whole answer; `ids` has the stop token when it was sampled, `logprobs` are in nats.
+
+    tokens: with Ask.logprobs, those of the text, without special ones; of a streamed answer those that no piece brought.
+    """
 
     id: str
     model_hash: str
@@ -94,6 +104,7 @@ class Done:
     finish_reason: str
     prompt_tokens: int = 0  # where the counts are told without the ids
     completion_tokens: int = 0
+    tokens: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import httpx
 
 from feedback.champion import Defaults
 from feedback.engine import Ask, Done, EngineError, Piece, Started
+from feedback.logprobs import Token
 from feedback.opinions import sha256
 from feedback.promotions import Promotion
 from feedback.schemas import UNSTORABLE
@@ -41,7 +42,8 @@ class Heard:
     logprobs: list[float] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+    tokens: list[Token] = field(default_factory=list)  # those not yet handed over
 
     def take(self, body: dict[str, Any]) -> str:
         """One chunk, or a whole answer; returns its text. Raises EngineError for what is neither."""
@@ -59,7 +61,11 @@ class Heard:
             piece = UNSTORABLE.sub("\ufffd", said.get("content") or "")
             self.text += piece
             self.ids += choice.get("token_ids") or []
-            self.logprobs += [float(token["logprob"]) for token in (choice.get("logprobs") or {}).get("content") or []]
+            for token in (choice.get("logprobs") or {}).get("content") or []:
+                self.logprobs.append(float(token["logprob"]))
+                spelled = token.get("bytes")
+                said_bytes = token["token"].encode(errors="replace") if spelled is None else bytes(spelled)
+                self.tokens.append(Token(said_bytes, self.logprobs[-1]))
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
             return piece
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -71,7 +77,13 @@ class Heard:
             raise EngineError("engine_stopped", "the engine ended before its answer was finished")
         logprobs = self.logprobs if len(self.logprobs) == len(self.ids) else []
         reason = self.finish_reason[:16]
-        return Done(ask.id, model_hash, self.prompt_ids, self.ids, logprobs, self.text, reason, **self.usage)
+        said = (self.prompt_ids, self.ids, logprobs, self.text, reason)
+        return Done(ask.id, model_hash, *said, **self.usage, tokens=self.told(ask))
+
+    def told(self, ask: Ask) -> list[Token]:
+        """The tokens that were not handed over yet, where they were asked for."""
+        tokens, self.tokens = self.tokens, []
+        return tokens if ask.logprobs else []
 
 
 class RemoteEngine:
@@ -159,7 +171,7 @@ class RemoteEngine:
                             begun = True
                             yield Started(ask.id, model_hash, heard.prompt_ids)
                         if piece:
-                            yield Piece(ask.id, piece, list(heard.ids))
+                            yield Piece(ask.id, piece, list(heard.ids), heard.told(ask))
                 yield heard.done(ask, model_hash)
         except httpx.HTTPError as error:
             raise unreachable(error, self.url) from error
@@ -179,6 +191,8 @@ class RemoteEngine:
         }
         if ask.stop:
             body["stop"] = ask.stop
+        if ask.logprobs:
+            body["logprobs"] = True
         if ask.stream:
             body["stream_options"] = {"include_usage": True}
         return {**body, "logprobs": True, "return_token_ids": True} if self._tells_ids else body

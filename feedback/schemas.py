@@ -72,13 +72,14 @@ class ChatRequest(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Text | list[Text] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     user: Short | None = None
     metadata: dict[str, Any] | None = None
     conversation: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     # accepted with the one value that says what we do anyway
     n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
     store: bool | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
@@ -89,6 +90,14 @@ class ChatRequest(BaseModel):
     def whole(cls, value: Any) -> Any:
         """0.0 is 0."""
         return 0 if isinstance(value, float) and value == 0 else value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def chosen_only(cls, value: int | None) -> int | None:
+        """We tell how likely the chosen token was, not the others."""
+        if value:
+            raise ValueError("must be 0: only the log-probability of the chosen token is told (logprobs: true)")
+        return value
 
     @field_validator("stop")
     @classmethod

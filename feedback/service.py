@@ -31,6 +31,8 @@ from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
 from feedback.identity import Identity, read_secret
+from feedback.metrics import Measured, Metrics
+from feedback.metrics import router as measured
 from feedback.remote import RemoteCrown, RemoteEngine
 from feedback.settings import Settings
 from feedback.store import Store
@@ -49,6 +51,7 @@ class Service:
     crown: Crown | RemoteCrown
     identity: Identity
     settings: Settings
+    metrics: Metrics
     keys: chat.KeyLocks = field(default_factory=chat.KeyLocks)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -68,7 +71,7 @@ def create_app(
     Starting it migrates the database; stopping it ends `engine`.
     """
 
-    chosen = settings or Settings()
+    chosen, metrics = settings or Settings(), Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -81,7 +84,8 @@ def create_app(
             crown = RemoteCrown(engine, Defaults(max_tokens=chosen.engine_max_tokens))
         else:
             crown = Crown(store, engine, models_root)
-        service = app.state.service = Service(store, writer, engine, crown, identity, chosen)
+        service = app.state.service = Service(store, writer, engine, crown, identity, chosen, metrics)
+        metrics.watch(service)
         follower = asyncio.create_task(crown.follow())
         try:
             yield
@@ -96,11 +100,13 @@ def create_app(
     app = FastAPI(title="thumbwheel", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, state=app.state, settings=chosen, keys_needed=keys_needed)
     add_outer_guards(app, chosen, keys_needed)
+    app.add_middleware(Measured, metrics=metrics)  # outside of all others: what they refuse is counted too
     errors.install(app)
     app.include_router(chat.router)
     app.include_router(votes.router)
     app.include_router(downloads.router)
     app.include_router(moderation.router)
+    app.include_router(measured)
     app.include_router(page.router)
     app.include_router(signin.router)
     add_health(app)

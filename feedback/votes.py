@@ -100,6 +100,7 @@ SPECIAL = {
 async def write(request: Request, vote: Vote) -> JSONResponse:
     """Commit a vote: 201 created, 200 revised or said before."""
     event, how = await request.app.state.service.writer.put(partial(opinions.vote, vote=vote))
+    request.app.state.service.metrics.opinions.labels(event.payload["kind"], how).inc()
     headers = {"Idempotent-Replayed": "true"} if how == "replayed" else None
     return JSONResponse(shown(event), 201 if how == "created" else 200, headers=headers)
 
