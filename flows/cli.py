@@ -254,6 +254,43 @@ def rollback(
     typer.echo(f"champion is again {promotion.model_hash[:12]}")
 
 
+@app.command("import")
+def import_log(
+    file: Annotated[Path, typer.Argument(help="opinions that another system has logged", exists=True, dir_okay=False)],
+    format: Annotated[
+        str, typer.Option(help="auto, csv, jsonl, parquet, openai, trl-unpaired or trl-preference")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would happen, and write nothing")] = False,
+    source: Annotated[str, typer.Option(help="whose opinions they are, where a row does not say")] = "human_user",
+    channel: Annotated[str, typer.Option(help="noted on every opinion, to find them again")] = "import",
+    rejected: Annotated[Path | None, typer.Option(help="rows that cannot be taken; else FILE.rejected.jsonl")] = None,
+) -> None:
+    """Take opinions from a log. Importing it again adds nothing. Exit code 1: some rows were not taken."""
+    from rich.progress import Progress
+
+    from feedback import logs
+    from feedback.identity import Identity, read_secret
+    from feedback.importing import Options, load
+    from flows import servers
+
+    refused = rejected or file.with_name(file.name + ".rejected.jsonl")
+    try:
+        options = Options(format, source, channel, dry_run)
+        total = logs.size(file, logs.container(file, format))
+        identity = Identity(read_secret(servers.state_folder(servers.workspace())))
+        with _opinions() as store, Progress(transient=True) as progress:
+            task = progress.add_task(file.name, total=total)
+            tally = load(store, identity, file, options, refused, lambda done: progress.update(task, completed=done))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    would = "would be " if dry_run else ""
+    typer.echo(f"{tally.created} opinions {would}added, {tally.revised} revised, {tally.known} were known already")
+    if tally.unread:
+        typer.echo(f"columns that nobody read: {', '.join(sorted(tally.unread))}", err=True)
+    if tally.rejected:
+        raise _fail(f"{tally.rejected} of {tally.rows} rows were not taken; {refused} says why, row by row")
+
+
 @key_app.command("create")
 def create_key(
     name: Annotated[str, typer.Argument(help="whose it is; keys of one name speak for the same people")],
