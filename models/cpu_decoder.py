@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.sampling import GAP, Doubles, Floats, Ints, Sampler, Sampling, Settings
+from models.products import PRODUCTS, Precision, Product, numpy_of
+from models.sampling import Doubles, Floats, Ints, Sampler, Sampling, Settings
 from models.transformer import Block, Transformer
 
 SPAN = 32  # attention looks at a multiple of this many keys: what is masked adds exact zeros, so the bits do not change
@@ -27,56 +28,33 @@ CHUNK = 256  # keys summed in one product: above, BLAS would cut the sum differe
 STEP = 16  # heights are multiples of this
 
 
-class Linear:
-    """x [h, in] · weight [in, out] + bias, in fp32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        """weight [out, in]. Several rows times [in, out] run faster; for one row a copy costs more than it gives."""
-        turned = numpy_of(weight).T
-        self.weight = turned if rows == 1 else apart(turned)
-        self.bias = None if bias is None else bias.detach().float().numpy()
-
-    def __call__(self, x: Floats, out: Floats | None = None) -> Floats:
-        y = np.matmul(x, self.weight, out=out)
-        if self.bias is not None:
-            y += self.bias
-        return y
-
-
 @dataclass(frozen=True)
 class Layer:
     """A block's weights as numpy takes them; qk_norm [H + K, D]: the norms' weights by head."""
 
     attention_norm: Floats
-    qkv: Linear
+    qkv: Product
     qk_norm: Floats | None
-    o: Linear
+    o: Product
     attention_post_norm: Floats | None
     mlp_norm: Floats
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
     mlp_post_norm: Floats | None
     rotary: bool
     window: int
 
 
-def apart(weight: Floats) -> Floats:
-    """A copy [in, out] whose rows lie a little further apart: a power of two between them would share cache lines."""
-    room: Floats = np.empty((weight.shape[0], weight.shape[1] + GAP), dtype=np.float32)[:, : weight.shape[1]]
-    room[...] = weight
-    return room
-
-
-def layer_of(block: Block, rows: int) -> Layer:
-    """Read a block."""
+def layer_of(block: Block, kind: type[Product], rows: int) -> Layer:
+    """Read a block, for products of a kind."""
 
     def norm(module: torch.nn.RMSNorm | None) -> Floats | None:
         return None if module is None else numpy_of(module.weight)
 
     a = block.attention
 
-    def linear(module: torch.nn.Linear) -> Linear:
-        return Linear(module.weight, module.bias, rows)
+    def linear(module: torch.nn.Linear) -> Product:
+        return kind(module.weight, module.bias, rows)
 
     return Layer(
         numpy_of(block.attention_norm.weight),
@@ -98,22 +76,17 @@ def qk_norm(q: torch.nn.RMSNorm, k: torch.nn.RMSNorm, heads: int, kv_heads: int)
     return np.concatenate((np.tile(numpy_of(q.weight), (heads, 1)), np.tile(numpy_of(k.weight), (kv_heads, 1))))
 
 
-def numpy_of(tensor: Tensor) -> Floats:
-    """A weight as fp32, without a copy where it is that already."""
-    array: Floats = tensor.detach().float().numpy()
-    return array
-
-
 class CpuDecoder:
     """A model's weights, and the cache and sampling settings of `width` rows of up to `context` tokens."""
 
-    def __init__(self, model: Transformer, width: int, context: int, block: int) -> None:
-        """block: prompts read together at most."""
+    def __init__(self, model: Transformer, width: int, context: int, block: int, precision: Precision = "fp32") -> None:
+        """block: prompts read together at most; precision: of the matrix products."""
         c = self.config = model.config
         self.width, self.context = width, span_of(context, -(-context // LEAST) * LEAST)
-        self.layers = [layer_of(block, width) for block in model.layers]
+        kind = PRODUCTS[precision]
+        self.layers = [layer_of(block, kind, width) for block in model.layers]
         self.embedding, self.norm = numpy_of(model.embedding.weight), numpy_of(model.norm.weight)
-        self.head = Linear(model.head_weight, None, width)
+        self.head = kind(model.head_weight, None, width)
         self.turns = torch.complex(model.cos.float(), model.sin.float())[
             :context
         ].numpy()  # complex64 [context, 1, R/2]
@@ -133,8 +106,8 @@ class CpuDecoder:
         self._scores = np.empty(width * c.num_attention_heads * self.context, dtype=np.float32)
         self.sampler = Sampler(max(width, block), c.vocab_size)
         linears = [x for layer in self.layers for x in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        shapes = {x.weight.shape for x in [*linears, self.head]}
-        self.heights = heights(width, tuple(sorted(shapes)), torch.get_num_threads())
+        shapes = tuple(sorted({x.shape for x in [*linears, self.head]}))
+        self.heights = heights(width, shapes, kind, torch.get_num_threads())
 
     def begin(
         self,
@@ -284,21 +257,19 @@ def span_of(length: int, context: int) -> int:
 
 
 @functools.cache
-def heights(width: int, shapes: tuple[tuple[int, int], ...], threads: int) -> tuple[int, ...]:
+def heights(width: int, shapes: tuple[tuple[int, int], ...], kind: type[Product], threads: int) -> tuple[int, ...]:
     """The numbers of rows that may be computed, ascending to `width`: each gives every row the same bits as all rows do.
 
     shapes: [in, out] of the products. That BLAS rounds a row alike whatever the height is true where it was looked at
     (OpenBLAS, multiples of 16) and promised nowhere, so it is tried out; threads: part of the question.
     """
     found = set(range(STEP, width, STEP))
-    draw = np.random.default_rng(0)
+    draw = torch.Generator().manual_seed(0)
     for inner, outer in shapes if found else ():
-        x = draw.standard_normal((width, inner), dtype=np.float32)
-        weight = draw.standard_normal((inner, outer), dtype=np.float32)
-        whole = x @ weight
+        product = kind(torch.randn(outer, inner, generator=draw), None, width)
+        x = torch.randn(width, inner, generator=draw).numpy()
+        whole = product(x)
         found = {
-            h
-            for h in found
-            if np.array_equal(x[:h] @ weight, whole[:h]) and np.array_equal(x[-h:] @ weight, whole[-h:])
+            h for h in found if all((product(x[part]) == whole[part]).all() for part in (slice(h), slice(-h, None)))
         }
     return (*sorted(found), width)

@@ -20,6 +20,7 @@ from models.cpu_decoder import SPAN, CpuDecoder
 from models.device_decoder import DeviceDecoder
 from models.layout import Layout, dense_layout, packed_layout
 from models.losses import log_probs
+from models.products import PRODUCTS, Precision
 from models.sampling import Doubles, Ints, Sampling
 from models.transformer import Transformer
 
@@ -62,13 +63,25 @@ class Engine:
 
     stop_id: the token, or the tokens, that end an answer. context: prompt and answer together, when the cache should
     hold less than the model's whole context (it takes 2 · layers · width · context · K · D numbers).
+    precision: of the matrix products of decoding on a CPU (prompts are read by the model as it is). Below fp32 it is
+    another distribution that is sampled, a little off the model's; the log-probabilities are of that one.
     """
 
     def __init__(
-        self, model: Transformer, *, stop_id: int | Collection[int], width: int = 32, context: int | None = None
+        self,
+        model: Transformer,
+        *,
+        stop_id: int | Collection[int],
+        width: int = 32,
+        context: int | None = None,
+        precision: Precision = "fp32",
     ) -> None:
+        """Raises ValueError for a width below 1, or a precision that is none of fp32, bf16 and int8 or that the device does
+        not offer."""
         if width < 1:
             raise ValueError(f"width must be at least 1, not {width}")
+        if precision not in PRODUCTS:
+            raise ValueError(f"precision must be one of {', '.join(PRODUCTS)}, not {precision}")
         self.stop_ids = frozenset([stop_id] if isinstance(stop_id, int) else stop_id)
         self.model, self.width = model.eval(), width
         self.context = min(context or model.config.context_length, model.config.context_length)
@@ -78,7 +91,9 @@ class Engine:
         self.device = model.embedding.weight.device
         self.decoder: CpuDecoder | DeviceDecoder
         if self.device.type == "cpu":
-            self.decoder = CpuDecoder(model, width, self.context, _together(width, SPAN))
+            self.decoder = CpuDecoder(model, width, self.context, _together(width, SPAN), precision)
+        elif precision != "fp32":
+            raise ValueError(f"precision {precision} is for CPUs; on {self.device.type} the model's own type decides")
         else:
             self.decoder = DeviceDecoder(model, width, self.context)
 
@@ -212,11 +227,12 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     width: int = 64,
+    precision: Precision = "fp32",
 ) -> list[Answer]:
-    """Continue every prompt, `width` at a time; seeds[i] drives prompt i. Raises ValueError as Engine.submit does."""
+    """Continue every prompt, `width` at a time; seeds[i] drives prompt i. Raises ValueError as Engine does."""
     longest = max((len(prompt) for prompt in prompts), default=1) + max_new_tokens
     context = _round_up(longest, model.config.context_length)
-    engine = Engine(model, stop_id=stop_id, width=width, context=context)
+    engine = Engine(model, stop_id=stop_id, width=width, context=context, precision=precision)
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         engine.submit(Request(str(i), prompt, max_new_tokens, temperature, top_p, top_k, seed))
     tokens: list[list[Token]] = [[] for _ in prompts]

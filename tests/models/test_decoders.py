@@ -3,13 +3,15 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from models.config import ModelConfig
 from models.cpu_decoder import CHUNK, CpuDecoder, span_of
 from models.device_decoder import DeviceDecoder
-from models.rollout import Answer, Engine, Request, Token, sequence_logprobs
+from models.products import PRODUCTS, Precision
+from models.rollout import Answer, Engine, Request, Token, generate, sequence_logprobs
 from models.transformer import Transformer
 
 PLAIN = ModelConfig(48, 3, 4, 2, 64, 96, vocab_size=300)
@@ -78,16 +80,18 @@ def test_log_probabilities_are_the_trunks(variant: str) -> None:
         assert again[request.id].logprobs == pytest.approx(answer.logprobs, abs=1e-5)
 
 
-@pytest.mark.parametrize("width", [1, 5, 40])
-def test_a_request_gives_the_same_bits_under_any_schedule(width: int) -> None:
+@pytest.mark.parametrize(("width", "precision"), [(1, "fp32"), (5, "fp32"), (40, "fp32"), (40, "int8")])
+def test_a_request_gives_the_same_bits_under_any_schedule(width: int, precision: Precision) -> None:
     """Prompts enter at random moments, others are cancelled, and all share a step with some of thousands of tokens."""
     model = made(dataclasses.replace(PLAIN, num_hidden_layers=2, max_position_embeddings=700))
     asked = requests(12, 80, 30) + requests(3, 2 * CHUNK, 100, seed=2)
     asked = [dataclasses.replace(request, id=str(i)) for i, request in enumerate(asked)]
-    alone = [answers(Engine(model, stop_id=2, width=width), [request])[request.id] for request in asked]
-    for seed in range(3 if width == 1 else 6):
+    alone = [
+        answers(Engine(model, stop_id=2, width=width, precision=precision), [request])[request.id] for request in asked
+    ]
+    for seed in range(2):
         rng = random.Random(seed)
-        engine, waiting = Engine(model, stop_id=2, width=width), rng.sample(asked, len(asked))
+        engine, waiting = Engine(model, stop_id=2, width=width, precision=precision), rng.sample(asked, len(asked))
         mates = [f"mate-{i}" for i in range(2 * width)]
         for name in mates:
             engine.submit(Request(name, [rng.randrange(300)] * rng.randrange(1, 300), 40, seed=rng.randrange(99)))
@@ -135,3 +139,43 @@ def test_a_bf16_model_is_decoded_in_fp32_from_its_own_weights() -> None:
     for request, expected in zip(asked, scored, strict=True):
         # the prompt was read in bf16, whose numbers have 8 bits
         assert done[request.id].logprobs == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_products_of_a_lower_precision_are_those_of_rounded_numbers(precision: Precision) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((5, 70)).astype(np.float32), rng.standard_normal((600, 70)).astype(np.float32)
+    bias = rng.standard_normal(600).astype(np.float32)
+    if precision == "int8":
+        x_scale, w_scale = (np.abs(m).max(1, keepdims=True) / 127 for m in (x, weight))
+        expected = (np.rint(x / x_scale) * x_scale) @ (np.rint(weight / w_scale) * w_scale).T
+    else:
+        x_half, w_half = (torch.from_numpy(m).bfloat16().double().numpy() for m in (x, weight))
+        expected = torch.from_numpy(x_half @ w_half.T).bfloat16().double().numpy()
+    got = PRODUCTS[precision](torch.from_numpy(weight), torch.from_numpy(bias), 5)(x)
+    assert got == pytest.approx(expected + bias, abs=1e-3 if precision == "int8" else 0.07)
+    assert np.abs(got - bias - x @ weight.T).max() > 1e-3, "nothing was rounded"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_log_probabilities_of_a_lower_precision_are_of_what_was_sampled(precision: Precision) -> None:
+    """Three tokens may come first and three second: the probabilities of the nine answers add up to 1 and are their
+    frequencies."""
+    model = made(PLAIN)
+    n = 600
+    asked = [[7, 8, 9]] * n
+    settings = {"stop_id": 299, "max_new_tokens": 2, "seeds": range(n), "top_k": 3, "width": 32}
+    done = generate(model, asked, precision=precision, **settings)
+    seen: dict[tuple[int, ...], list[float]] = {}
+    for answer in done:
+        seen.setdefault(tuple(answer.ids), []).append(sum(answer.logprobs))
+    assert sum(np.exp(values[0]) for values in seen.values()) == pytest.approx(1.0, abs=1e-3)
+    for values in seen.values():
+        p = np.exp(values[0])
+        assert values == [values[0]] * len(values)
+        assert abs(len(values) / n - p) < 4 * (p * (1 - p) / n) ** 0.5 + 1 / n
+
+
+def test_a_precision_that_is_not_offered_is_refused() -> None:
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, int8, not fp8"):
+        Engine(made(PLAIN), stop_id=2, precision="fp8")  # type: ignore[arg-type]
