@@ -63,22 +63,25 @@ class Comparisons:
         return len(self.pairs)
 
     def tokens(self, element: int) -> int:
-        """Tokens of both sequences of a pair."""
-        return sum(map(self.answers.tokens, self.pairs[element]))
+        """Tokens of a pair: both answers, their prompt once."""
+        better, worse = self.pairs[element]
+        return self.answers.tokens(better) + len(self.answers.answers[worse])
 
     def losses(self, policy: Transformer, chosen: Sequence[int], parts: Parts) -> Iterator[tuple[Tensor, Shares]]:
-        """Each part's share of the mean loss of the pairs `chosen`; a pair is two sequences of one packed forward pass."""
+        """Each part's share of the mean loss of the pairs `chosen`. A pair is one pass over its prompt and its answers."""
         for mine, _ in parts:
             yield self.loss(policy, mine, len(chosen))
 
     def loss(self, policy: Transformer, mine: Sequence[int], count: int) -> tuple[Tensor, Shares]:
         """The sum of the loss of the pairs `mine` divided by `count`, and their shares of figures."""
-        rows = [self.pairs[i][0] for i in mine] + [self.pairs[i][1] for i in mine]
+        rows = [
+            answer for i in mine for answer in self.pairs[i]
+        ]  # better, worse, better, …: neighbours share their prompt
         o, logp = self.options, self.answers.logprobs(policy, rows)
         lengths = self.answers.lengths(rows).to(logp.device)
         ratios = logp - self.answers.references(rows).to(logp.device)
-        better, worse = (ratios / lengths if o.length_normalised else ratios).chunk(2)
-        nll = (-logp / lengths).chunk(2)[0].sum() / count
+        better, worse = (ratios / lengths if o.length_normalised else ratios).view(-1, 2).unbind(1)
+        nll = (-logp / lengths)[0::2].sum() / count
         loss = dpo_loss(better, worse, o.beta, o.label_smoothing).sum() / count + o.chosen_coefficient * nll
         shares = {
             "chosen_nll": nll,

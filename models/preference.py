@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,13 +25,14 @@ from models.distributed import shard, whole
 from models.figures import Figures
 from models.intervals import wilson
 from models.job import Job
+from models.layout import branched_layout
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import log_probs
 from models.opinions import Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.ptx import PtxOptions, add_ptx_gradient, check_ptx
 from models.reward import RewardModel, load_reward_model, score
-from models.rollout import flatten, generate, sequence_logprobs
+from models.rollout import generate, sequence_logprobs
 from models.tokenizer import Tokenizer
 from models.training import Training, batches, stream, torch_generator
 from models.transformer import Transformer
@@ -119,10 +121,27 @@ class Answers:
 
 
 def answer_logprobs(model: Transformer, prompts: Sequence[Ids], answers: Sequence[Ids]) -> Tensor:
-    """log π(answer | prompt) of each pair of id lists, with its gradient: [B]."""
-    flat = flatten(prompts, answers, model.embedding.weight.device)
-    hidden = model(flat.tokens, flat.layout, flat.rows)
-    by_token = log_probs(hidden, model.head_weight, flat.targets)
+    """log π(answer | prompt) of each pair of id lists, with its gradient: [B]. Neighbours with one prompt share its tokens."""
+    tokens: list[int] = []
+    rows: list[
+        int
+    ] = []  # tokens whose hidden state is read; a prompt's last one predicts the first token of all its answers
+    read: list[int] = []  # which of the rows predicts each token of the answers
+    groups = [(prompt, list(found)) for prompt, found in groupby(range(len(prompts)), key=lambda i: prompts[i])]
+    inputs = [[answers[i][:-1] or answers[i] for i in found] for _, found in groups]  # the last token predicts nothing
+    for (prompt, found), own in zip(groups, inputs, strict=True):
+        tokens += prompt
+        first = len(rows)
+        rows.append(len(tokens) - 1)
+        for i, ids in zip(found, own, strict=True):
+            read += [first, *range(len(rows), len(rows) + len(answers[i]) - 1)]
+            rows += range(len(tokens), len(tokens) + len(answers[i]) - 1)
+            tokens += ids
+    device = model.embedding.weight.device
+    layout = branched_layout([len(prompt) for prompt, _ in groups], [list(map(len, own)) for own in inputs], device)
+    hidden = model(torch.tensor(tokens, device=device), layout, torch.tensor(rows, device=device))
+    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    by_token = log_probs(hidden[torch.tensor(read, device=device)], model.head_weight, targets)
     return pad_sequence(list(by_token.split([len(a) for a in answers])), batch_first=True).sum(1)
 
 

@@ -164,6 +164,27 @@ def test_answers_packed_together_are_what_each_is_alone(model: Transformer) -> N
     assert one.item() == pytest.approx(found[2].item(), abs=1e-4)  # whatever its batch mates
 
 
+def test_answers_that_share_a_prompt_have_the_gradient_of_each_alone(model: Transformer) -> None:
+    """An answer of one token reads the prompt alone; a prompt that comes back later is read again."""
+    prompts = [[7, 8, 9], [7, 8, 9], [7, 8, 9], [30], [7, 8, 9]]
+    answers = [[20, 21, 2], [2], [22, 2], [2], [23, 24, 25, 2]]
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = answer_logprobs(model, prompts, answers)
+    hook.remove()
+    assert seen == [3 + 2 + 1 + 1 + 1 + 1 + 3 + 3]
+    (weights * found).sum().backward()
+    shared = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for prompt, answer, weight in zip(prompts, answers, weights, strict=True):
+        ids = torch.tensor([*prompt, *answer])
+        logp = torch.log_softmax(model.logits(model(ids[:-1], dense_layout(1, len(ids) - 1))), -1)[len(prompt) - 1 :]
+        (weight * logp.gather(1, ids[len(prompt) :, None]).sum()).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(shared[name], p.grad, atol=1e-5, rtol=1e-3)
+
+
 def test_where_policy_and_reference_are_one_dpo_loses_log_two_and_kto_a_half(model: Transformer) -> None:
     loss, stats = whole_loss(Comparisons(model, OPINIONS, DPOOptions(chosen_coefficient=0.0)), model, [0, 1, 2])
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
