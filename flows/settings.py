@@ -25,6 +25,7 @@ from flows.tokenize import TokenizeOptions
 from flows.validate import ValidateOptions
 from flows.values import SettingsError, assign, flatten, merge, plain, read_document, yaml
 from models.base import ModelSection, base_hash
+from models.compute import ComputeOptions
 from models.dpo import DPOOptions
 from models.kto import KTOOptions
 from models.lora import LoraOptions
@@ -83,6 +84,7 @@ class Params(BaseModel):
     tokenize: TokenizeOptions = TokenizeOptions()
     model: ModelSection = ModelSection()
     pretrain: PretrainOptions = PretrainOptions()
+    training: ComputeOptions = ComputeOptions()
     lora: LoraOptions = LoraOptions()
     sft: SFTOptions = SFTOptions()
     rater: RaterOptions = RaterOptions()

@@ -17,7 +17,7 @@ class Critic(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, rows: Tensor) -> Tensor:
         """Values at the tokens `rows` [A] of tokens [N]: [A] in fp32."""
-        return self.head(self.trunk(tokens, layout, rows))[:, 0].float()
+        return self.head(self.trunk(tokens, layout, rows).to(self.head.weight.dtype))[:, 0].float()
 
 
 class ValueHead(nn.Module):
@@ -33,4 +33,4 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [A, d] → values [A] in fp32."""
-        return self.linear(hidden)[:, 0].float()
+        return self.linear(hidden.to(self.linear.weight.dtype))[:, 0].float()

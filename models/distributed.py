@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.compute import ComputeOptions
 from models.ranks import Ranks
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -75,19 +76,22 @@ def everyone(value: Item) -> list[Item]:
     return values
 
 
-def shard(module: nn.Module, layers: Iterable[nn.Module], methods: Sequence[str] = ()) -> None:
+def shard(module: nn.Module, layers: Iterable[nn.Module], compute: ComputeOptions, methods: Sequence[str] = ()) -> None:
     """Share the module's weights, which are equal in all processes: each layer is a unit, and what is left another.
 
-    methods: those that work with the weights as forward does. Gradients are averaged over the processes: a loss that is a
-    sum over this process's part is to be multiplied by their number.
+    compute: with bf16 the layers' weights travel and work as bf16, gradients are added up in fp32, and what the optimizer
+    changes stays fp32. methods: those that work with the weights as forward does. Gradients are averaged over the
+    processes: a loss that is a sum over this process's part is to be multiplied by their number.
     """
     if not _together():
         return
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = low if compute.precision == "bf16" else MixedPrecisionPolicy()
     for layer in layers:
-        fully_shard(layer)
-    fully_shard(module)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
     for name in methods:
         register_fsdp_forward_method(module, name)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.advantages import adapt_kl
 from models.checkpoint import load_model, read_config, save_model
+from models.compute import PLAIN, ComputeOptions
 from models.corpus import Sequences
 from models.critic import Critic, ValueHead
 from models.distributed import everyone, shard, whole
@@ -243,12 +244,14 @@ def run(job: Job) -> dict[str, Any]:
     if updater.average is not None:
         updater.average.apply()
     policy = whole(models.policy, lambda: sampler)
+    policy.compute = PLAIN  # what is measured is measured in fp32
     return save(job, policy, tokenizer, training, lora) if ranks.first else {}
 
 
 def blank(job: Job, lora: LoraOptions) -> Transformer:
     """A policy with its updates, as it is at the start of the stage."""
     made = load_model(job.input("artifacts/sft/model"), job.device)
+    made.compute = job.options("training", ComputeOptions)
     what_learns(made, lora, torch_generator(job.seed, "lora", "policy"))
     return made
 
@@ -256,18 +259,22 @@ def blank(job: Job, lora: LoraOptions) -> Transformer:
 def prepare(job: Job, options: PPOOptions, lora: LoraOptions) -> tuple[Models, dict[str, Stateful]]:
     """The networks, policy and critic shared among the processes, and what of them goes into a checkpoint."""
     base, rewarder = job.input("artifacts/sft/model"), job.input("artifacts/reward/model")
-    policy = load_model(base, job.device)
+    policy, compute = load_model(base, job.device), job.options("training", ComputeOptions)
+    policy.compute = compute
     learned = what_learns(policy, lora, torch_generator(job.seed, "lora", "policy"))
-    shard(policy, policy.layers)
+    shard(policy, policy.layers, compute)
     critic: Critic | ValueHead
     if options.critic == "shared":
         critic = ValueHead(policy)
-        shard(critic, [])
+        shard(critic, [], compute)
     else:
         critic = Critic(load_reward_model(rewarder, job.device))
+        critic.trunk.compute = compute
         what_learns(critic.trunk, lora, torch_generator(job.seed, "lora", "critic"))  # its head learns in any case
-        shard(critic, critic.trunk.layers)
+        shard(critic, critic.trunk.layers, compute)
     reference = None if lora.rank else load_model(base, job.device)
+    if reference is not None:
+        reference.compute = compute  # as the policy, so that their difference is what was learned
     models = Models(policy, critic, reference, load_reward_model(rewarder, job.device))
     return models, {"policy": learned, "critic": Learned(critic) if lora.rank else critic}
 

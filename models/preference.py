@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.checkpoint import load_model, save_model
+from models.compute import PLAIN, ComputeOptions
 from models.corpus import Sequences
 from models.distributed import shard, whole
 from models.figures import Figures
@@ -184,10 +185,11 @@ def learn(
     size, context = policy.config.vocab_size, policy.config.context_length
     train, heldout = (read_opinions(snapshot / f"opinions.{s}.jsonl", size, context) for s in ("train", "heldout"))
     check_ptx(name, options, len(tokens), len(chats), policy.config.text_window)
+    policy.compute = compute = job.options("training", ComputeOptions)
     method = prepare(policy, train)
     lora, ranks, most = job.options("lora", LoraOptions), job.ranks, options.micro_batch
     learned = what_learns(policy, lora, torch_generator(job.seed, "lora", name))
-    shard(policy, policy.layers)
+    shard(policy, policy.layers, compute)
     optimizer = Optimizer(policy, betas=(0.9, 0.95), eps=1e-5)
     steps = options.epochs * math.ceil(len(method) / options.batch_size)
     training = Training(job, options, steps, {"policy": learned, "optimizer": optimizer})
@@ -227,6 +229,7 @@ def learn(
         return made
 
     policy = whole(policy, blank)
+    policy.compute = PLAIN  # what is measured is measured in fp32
     if not ranks.first:
         return {}
     reference = load_model(base, job.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.base import ModelSection, open_base
 from models.checkpoint import load_model, save_model
+from models.compute import PLAIN, ComputeOptions
 from models.config import ModelConfig
 from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
@@ -27,10 +29,15 @@ from models.transformer import Transformer
 
 @dataclass(frozen=True)
 class PretrainOptions(TrainingOptions):
-    """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context."""
+    """Section `pretrain` of params.yaml. A step sees batch_size windows of the model's whole context.
+
+    micro_batch: windows in memory at a time (of each process), null for all of the step's; the gradient is that of the whole
+    batch.
+    """
 
     steps: int = 500
     batch_size: int = 8
+    micro_batch: int | None = None
     learning_rate: float = 4e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
@@ -40,7 +47,7 @@ class PretrainOptions(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least_one("steps", "batch_size")
+        self.at_least_one("steps", "batch_size", *(["micro_batch"] if self.micro_batch is not None else []))
 
 
 @torch.inference_mode()
@@ -80,33 +87,40 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError(
             f"pretraining text has {len(tokens)} tokens, fewer than one context of {length}: give more text"
         )
-    ranks = job.ranks
-    mine = ranks.part(range(options.batch_size))
+    ranks, most = job.ranks, options.micro_batch
     model = Transformer(config).initialize(torch_generator(job.seed, "weights")).to(job.device)
-    shard(model, model.layers)
+    model.compute = compute = job.options("training", ComputeOptions)
+    if compute.compile:
+        for block in model.layers:
+            block.compile(dynamic=False)
+    shard(model, model.layers, compute)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": model, "optimizer": optimizer})
-
-    layout = dense_layout(len(mine), length, job.device)
-    weights = torch.full((len(mine) * length,), 1 / (options.batch_size * length), device=job.device)
     model.train()
 
-    def largest() -> Tensor:
-        ids = torch.zeros(len(mine) * length, dtype=torch.long, device=job.device)
-        return cross_entropy(model(ids, layout), model.head_weight, ids, weights)
+    def loss_of(windows: Tensor, weight: float) -> Tensor:
+        """Σ nll of windows [rows, length + 1] / the tokens of the whole step · weight."""
+        layout = dense_layout(len(windows), length, job.device)
+        hidden = model(windows[:, :-1].reshape(-1), layout)
+        weights = hidden.new_full((len(hidden),), weight / (options.batch_size * length), dtype=torch.float32)
+        return cross_entropy(hidden, model.head_weight, windows[:, 1:].reshape(-1), weights)
 
-    what = f"pretrain: a batch of {len(mine)} windows of {length} tokens"
-    training.rehearse(model, largest, what, "lower pretrain.batch_size, or the model's sizes, in params.yaml")
+    cut = [len(mine) for mine, _ in ranks.cut(range(options.batch_size), most)]
+    what = f"pretrain: a batch of {cut[0]} windows of {length} tokens"
+    remedy = f"set pretrain.micro_batch below {cut[0]}, or the model's sizes lower, in params.yaml"
+    blank = torch.zeros((cut[0], length + 1), dtype=torch.long, device=job.device)
+    training.rehearse(model, lambda: loss_of(blank, 1.0), what, remedy, len(cut))
     clock, seen = time.perf_counter(), 0
     for step in range(training.first, options.steps):
         # 1. a batch of windows, at places that depend on seed and step alone
-        starts = stream(job.seed, "windows", step).integers(0, len(tokens) - length, options.batch_size)
-        rows = np.stack([tokens[s : s + length + 1] for s in starts[mine]]).astype(np.int64)
-        windows = torch.from_numpy(rows).to(job.device)
+        starts = stream(job.seed, "windows", step).integers(0, len(tokens) - length, options.batch_size).tolist()
         # 2. loss and gradient
-        hidden = model(windows[:, :-1].reshape(-1), layout)
-        loss = cross_entropy(hidden, model.head_weight, windows[:, 1:].reshape(-1), weights)
-        (loss * ranks.size).backward()
+        total = torch.zeros((), device=job.device)
+        for mine, weight in ranks.cut(starts, most):
+            rows = np.stack([tokens[s : s + length + 1] for s in mine]).astype(np.int64)
+            loss = loss_of(torch.from_numpy(rows).to(job.device), weight)
+            (loss * ranks.size).backward()
+            total += loss.detach()
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
@@ -117,14 +131,16 @@ def run(job: Job) -> dict[str, Any]:
         if training.logs(done):
             speed = seen / (time.perf_counter() - clock)
             clock, seen = time.perf_counter(), 0
-            row = {"loss": sum_over_ranks(loss.item()), "learning_rate": rate, "gradient_norm": norm}
+            row = {"loss": sum_over_ranks(total.item()), "learning_rate": rate, "gradient_norm": norm}
             training.log(done, row, {"tokens_per_second": speed})
         training.checkpoint(done)
 
     model = whole(model, lambda: Transformer(config).to(job.device))
     if not ranks.first:
         return {}
-    nll, _ = stream_loss(model, heldout, limit=256)
+    model.compute = PLAIN  # what is measured is measured in fp32, by code that need not be compiled anew for it
+    with torch.compiler.set_stance("force_eager") if compute.compile else nullcontext():
+        nll, _ = stream_loss(model, heldout, limit=256)
     metrics = {
         "heldout_loss": nll,
         "heldout_perplexity": math.exp(nll),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models.baselines import bag_of_words_accuracy, length_accuracy
 from models.checkpoint import load_model, read_config, read_weights, write_folder
+from models.compute import PLAIN, ComputeOptions
 from models.distributed import shard, whole
 from models.figures import Figures
 from models.huggingface import from_huggingface, to_huggingface, write_config
@@ -97,11 +98,14 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The head's reading after every token: tokens [N] → [N]."""
-        return self.head(self.trunk(tokens, layout))[:, 0].float()
+        return self._read(self.trunk(tokens, layout))
 
     def scores(self, tokens: Tensor, layout: Layout) -> Tensor:
         """r of each sequence, read at its last token: tokens [N] → [B]."""
-        return self.head(self.trunk(tokens, layout, layout.last))[:, 0].float()
+        return self._read(self.trunk(tokens, layout, layout.last))
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden.to(self.head.weight.dtype))[:, 0].float()
 
     def probability(self, scores: Tensor) -> Tensor:
         """The probability of a thumb up for scores r, of any shape."""
@@ -265,7 +269,8 @@ def run(job: Job) -> dict[str, Any]:
 
     model = fresh()
     learned = Learned(model) if lora.rank else model
-    shard(model, model.trunk.layers, methods=["scores"])
+    model.trunk.compute = compute = job.options("training", ComputeOptions)
+    shard(model, model.trunk.layers, compute, methods=["scores"])
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     steps = options.epochs * math.ceil(len(train) / options.batch_size)
     training = Training(job, options, steps, {"model": learned, "optimizer": optimizer})
@@ -304,6 +309,7 @@ def run(job: Job) -> dict[str, Any]:
         training.checkpoint(done)
 
     model = whole(model, fresh)
+    model.trunk.compute = PLAIN  # what is measured is measured in fp32
     if not ranks.first:
         return {}
     normalise(model, score(model, [r.prompt for r in train for _ in r.answers], [a for r in train for a in r.answers]))

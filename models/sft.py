@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import load_model, save_model
+from models.compute import PLAIN, ComputeOptions
 from models.corpus import Sequences
 from models.distributed import shard, sum_over_ranks, whole
 from models.job import Job
@@ -134,7 +135,8 @@ def run(job: Job) -> dict[str, Any]:
         raise ValueError("SFT learns the assistant's words, and there are none: no message has the role assistant")
     lora, ranks, most = job.options("lora", LoraOptions), job.ranks, options.micro_batch
     learned = what_learns(model, lora, torch_generator(job.seed, "lora"))
-    shard(model, model.layers)
+    model.compute = compute = job.options("training", ComputeOptions)
+    shard(model, model.layers, compute)
     optimizer = Optimizer(model, weight_decay=options.weight_decay)
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
     model.train()
@@ -178,6 +180,7 @@ def run(job: Job) -> dict[str, Any]:
         return made
 
     model = whole(model, blank)
+    model.compute = PLAIN  # what is measured is measured in fp32
     if not ranks.first:
         return {}
     nll = answer_loss(model, heldout, job.device)

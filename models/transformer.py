@@ -11,7 +11,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from models.compute import PLAIN, arithmetic
 from models.config import ModelConfig
 from models.layout import Layout, attend
 from models.rope import rotate, tables
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, : self.heads]), self.k_norm(qk[:, self.heads :])), dim=1)
         if self.rotary:
-            qk = rotate(qk, cos, sin, self.interleaved)
+            qk = rotate(qk, cos, sin, self.interleaved).to(qkv.dtype)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return q, k, v
 
@@ -57,9 +59,9 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q = rotate(q, cos.index_select(0, rows), sin.index_select(0, rows), self.interleaved)
-            k = rotate(k, cos, sin, self.interleaved)
-        return q.new_zeros(x.shape[0], self.heads, self.head_dim).index_copy(0, rows, q), k, v
+            q = rotate(q, cos.index_select(0, rows), sin.index_select(0, rows), self.interleaved).to(v.dtype)
+            k = rotate(k, cos, sin, self.interleaved).to(v.dtype)
+        return v.new_zeros(x.shape[0], self.heads, self.head_dim).index_copy(0, rows, q), k, v
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rows: Tensor | None = None
@@ -104,7 +106,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder without its output layer: token ids → hidden states. `head_weight` is the output layer's [V, d]."""
+    """The decoder without its output layer: token ids → hidden states. `head_weight` is the output layer's [V, d].
+
+    compute: how forward works, plainly unless a training stage says otherwise (section `training` of params.yaml).
+    """
 
     cos: Tensor
     sin: Tensor
@@ -112,6 +117,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute = PLAIN
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -148,26 +154,41 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, rows: Tensor | None = None) -> Tensor:
         """tokens [N] → hidden states [N, d] after the last norm; with rows, indices [A] of the tokens that are read, each at
-        most once: [A, d], and the last layer computes no more than those need. Raises ValueError past the context length.
+        most once: [A, d], and the last layer computes no more than those need. In compute.precision. Raises ValueError past
+        the context length.
         """
-        return self.forward_with_cache(tokens, layout, rows)[0]
+        with arithmetic(self.compute, tokens.device):
+            hidden = self._run(tokens, layout, rows)
+        return hidden.to(self.compute.dtype) if self.compute.precision == "bf16" else hidden
 
     def forward_with_cache(
         self, tokens: Tensor, layout: Layout, rows: Tensor | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """As forward, with each layer's keys and values [N, K, D] of all tokens."""
+        """As forward, in the weights' own precision, with each layer's keys and values [N, K, D] of all tokens."""
+        cache: list[tuple[Tensor, Tensor]] = []
+        return self._run(tokens, layout, rows, cache), cache
+
+    def _run(
+        self, tokens: Tensor, layout: Layout, rows: Tensor | None, cache: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
         if layout.longest > self.config.context_length:
             raise ValueError(
                 f"a sequence of {layout.longest} tokens exceeds the context of {self.config.context_length}"
             )
         x = self.embedding(tokens)
+        if self.compute.precision == "bf16":
+            x = x.float()  # FSDP2 may hold the embedding in bf16: the residual stream is fp32
         cos, sin = self.cos[layout.positions].to(x.dtype), self.sin[layout.positions].to(x.dtype)
-        cache = []
-        last = len(self.layers) - 1
+        again = self.compute.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.layers):
-            x, k, v = block(x, cos, sin, layout, rows if i == last else None)
-            cache.append((k, v))
-        return self.norm(x), cache
+            given = (x, cos, sin, layout, rows if i + 1 == len(self.layers) else None)
+            if again:
+                x, k, v = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, k, v = block(*given)
+            if cache is not None:
+                cache.append((k, v))
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] → logits [..., V]. Take few rows: training goes through models.losses by chunks."""

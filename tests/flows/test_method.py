@@ -48,7 +48,7 @@ def test_one_parameter_chooses_what_follows_the_snapshot(root: Path, method: str
     chosen = found.pop(pipeline.entry(method))
     assert chosen["cmd"] == f"thumbwheel stage {method}"
     assert chosen["outs"] == {f"artifacts/{method}/{name}" for name in ("model", "metrics.json", "curves.csv")}
-    assert chosen["params"] == {"seed", "lora", method}
+    assert chosen["params"] == {"seed", "training", "lora", method}
     assert {f"models/{name}.py" for name in pipeline.METHODS} & chosen["deps"] == {f"models/{method}.py"}
     assert params.candidate in found["judge"]["deps"] and "align.method" in found["judge"]["params"]
     others = {name for name in plain if name not in ("judge", "policy@ppo")}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import dpo, kto, ppo, reward, sft
+from models import dpo, kto, ppo, pretrain, reward, sft
 from models.checkpoint import save_model
 from models.corpus import conversations, prompts, text_stream
 from models.job import Job
@@ -20,7 +20,9 @@ from models.reward import RewardModel, save_reward_model
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
-BODIES = {"sft": sft.run, "reward": reward.run, "ppo": ppo.run, "dpo": dpo.run, "kto": kto.run}
+BODIES = {
+    "pretrain": pretrain.run, "sft": sft.run, "reward": reward.run, "ppo": ppo.run, "dpo": dpo.run, "kto": kto.run,
+}  # fmt: skip
 WORDS = ["hello", "there", "how", "are", "you", "I", "am", "fine", "thank", "what", "do", "like", "to", "eat"]
 
 
@@ -29,7 +31,7 @@ class Killed(BaseException):
 
 
 def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """What SFT, reward model and PPO read. The pretrained model and the SFT model are `model`."""
+    """What the training stages read. The pretrained model and the SFT model are `model`."""
     rng = random.Random(0)
 
     def sentence(count: int) -> str:
@@ -45,7 +47,10 @@ def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None
     ]
     out = root / "artifacts/tokenize"
     out.mkdir(parents=True)
-    np.save(out / "pretrain.train.npy", text_stream(tokenizer, [sentence(20) for _ in range(20)]))
+    tokenizer.save(out / "tokenizer")
+    text = text_stream(tokenizer, [sentence(20) for _ in range(20)])
+    for split in ("train", "heldout"):
+        np.save(out / f"pretrain.{split}.npy", text)
     for split, rows in (("train", chats), ("heldout", chats[:6])):
         conversations(tokenizer, rows, 48)[0].save(out / f"sft.{split}.npz")
     prompts(tokenizer, [chat[:1] for chat in chats], 24)[0].save(out / "prompts.train.npz")

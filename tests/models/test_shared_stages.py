@@ -30,6 +30,7 @@ LORA = {"rank": 2, "alpha": 4.0}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {  # 24 conversations in batches of 5: the last of an epoch has 4
     "sft": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "learning_rate": 1e-3}}),
     "sft in parts": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5, "micro_batch": 1}}),
+    "sft bf16": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5}, "training": {"precision": "bf16"}}),
     "sft lora": ("sft", {"sft": COMMON | {"steps": 6, "batch_size": 5}, "lora": LORA}),
     "reward": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5, "margin": 0.1, "centering_coefficient": 0.01}}),
     "reward low-rank": ("reward", {"reward": COMMON | {"epochs": 2, "batch_size": 5}, "lora": LORA}),
@@ -69,12 +70,18 @@ def curve(where: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+def rounding(name: str) -> float:
+    """How far figures of a stage may be apart for the order of its sums."""
+    return 0.02 if "bf16" in name else 2e-5
+
+
 def same_curve(one: Path, other: Path) -> None:
+    near = rounding(one.name if one.name in STAGES else other.name)
     for row, expected in zip(curve(one), curve(other), strict=True):
         if row["step"] == 1:  # where the policy is the reference yet, rounding decides whether a ratio is above 0
             row.pop("rewards/accuracy", None)
             expected.pop("rewards/accuracy", None)
-        assert row == pytest.approx(expected, rel=2e-5, abs=2e-5)
+        assert row == pytest.approx(expected, rel=near, abs=near)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +117,9 @@ def test_two_processes_have_the_losses_and_weights_of_one(done: Path, name: str)
     for file in files:
         one, two = (load_file(folder / file) for folder in folders)
         for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(two[key], tensor, atol=10 * rounding(name), rtol=1e-3)
     one, two = (json.loads((folder / "metrics.json").read_text()) for folder in folders)
-    assert two == pytest.approx(one, rel=1e-3, abs=1e-3)
+    assert two == pytest.approx(one, rel=1e-3 + rounding(name), abs=1e-3 + rounding(name))
 
 
 @pytest.mark.parametrize("name", STAGES)
