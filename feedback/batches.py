@@ -205,9 +205,15 @@ def listed(connection: sa.Connection, *, only_open: bool) -> list[Batch]:
     return [Batch(**row._asdict()) for row in connection.execute(query)]
 
 
-def consume(connection: sa.Connection, batch_id: int, mlflow_run_id: str | None) -> Batch:
+def consume(
+    connection: sa.Connection, batch_id: int, mlflow_run_id: str | None, snapshot_sha256: str | None = None
+) -> Batch:
     """See Store.consume_batch."""
-    values = {"consumed_at": datetime.now(UTC), "mlflow_run_id": mlflow_run_id}
+    values = {
+        "consumed_at": datetime.now(UTC),
+        "mlflow_run_id": mlflow_run_id,
+        "snapshot_sha256": snapshot_sha256,
+    }
     connection.execute(sa.update(batch).where(batch.c.id == batch_id, batch.c.consumed_at.is_(None)).values(**values))
     row = connection.execute(sa.select(batch).where(batch.c.id == batch_id)).first()
     if row is None:

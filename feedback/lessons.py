@@ -25,6 +25,7 @@ class Answer:
     messages: list[dict[str, str]]
     response: str
     model_hash: str
+    origin: str
 
 
 # the columns of an answer under the names of Answer
@@ -34,6 +35,7 @@ COLUMNS = (
     completion.c.response_token_ids.label("response_ids"),
     completion.c.request_messages.label("messages"),
     completion.c.response,
+    completion.c.origin,
 )
 
 
@@ -55,7 +57,7 @@ def answers(connection: sa.Connection, ids: Iterable[str]) -> dict[str, Answer]:
 
 def answer_of(row: sa.Row[Any]) -> Answer:
     """The answer in a row that has COLUMNS and completion_id."""
-    names = ("prompt_ids", "response_ids", "messages", "response", "model_hash")
+    names = ("prompt_ids", "response_ids", "messages", "response", "model_hash", "origin")
     return Answer(id=row.completion_id, **{name: getattr(row, name) for name in names})
 
 
@@ -112,9 +114,9 @@ def pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def trainable(row: Mapping[str, Any], about: Sequence[Answer]) -> bool:
     """Whether the token ids of a row can be learned from. about: all its answers.
 
-    They cannot when a server of another kind answered, which tells no token ids, when models of two tokenizers answered, or
-    when two answers that are compared are one.
+    They cannot when a server by URL answered (its token ids are of who knows which tokenizer, if it tells any), when models
+    of two tokenizers answered, or when two answers that are compared are one.
     """
     same = row["kind"] == "comparison" and row["chosen_ids"] == row["rejected_ids"]
-    told = bool(row["prompt_ids"]) and all(answer.response_ids for answer in about)
+    told = bool(row["prompt_ids"]) and all(answer.response_ids and answer.origin == "decoder" for answer in about)
     return told and not same and all(answer.prompt_ids == row["prompt_ids"] for answer in about)

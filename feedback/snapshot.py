@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -80,6 +81,12 @@ def curated(messages: list[dict[str, str]]) -> bytes:
 def bucket(messages: list[dict[str, str]]) -> int:
     """Which of 100 buckets a prompt falls into: always the same, evenly spread, and independent of other splits' hashes."""
     return int(sha256(["snapshot", messages])[:8], 16) % 100
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the names and bytes of a snapshot's files."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return sha256([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 
 
 def write(path: Path, data: bytes) -> None:

@@ -241,10 +241,13 @@ class Store:
         with self.read() as connection:
             return batches.listed(connection, only_open=True)
 
-    def consume_batch(self, batch_id: int, mlflow_run_id: str | None) -> Batch:
-        """Mark a batch as learned from. A repetition keeps the first mark. Raises KeyError when there is no such batch."""
+    def consume_batch(self, batch_id: int, mlflow_run_id: str | None, snapshot_sha256: str | None = None) -> Batch:
+        """Mark a batch as learned from: by which run, and from which files (snapshot.digest of them).
+
+        A repetition keeps the first mark. Raises KeyError when there is no such batch.
+        """
         with self.write() as connection:
-            return batches.consume(connection, batch_id, mlflow_run_id)
+            return batches.consume(connection, batch_id, mlflow_run_id, snapshot_sha256)
 
     def manifest(self) -> dict[str, Any]:
         """{"batches": [{"id", "first_seq", "last_seq", "accepted", "sha256"}]}, oldest first."""

@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.environment import environment
+from flows.erasure import catch_up
 from flows.flowrun import close_zombies
 from flows.promote import mirror
 from flows.record import Records
@@ -16,7 +17,7 @@ from flows.retrain import open_store
 
 @flow(name="reconcile")
 def reconcile() -> None:
-    """Close what killed processes left open, and let MLflow's aliases say what the promotion table says.
+    """Close what killed processes left open, let MLflow's aliases say what the promotion table says, and see to erasures.
 
     Batches that nobody consumed are rung again by the bell.
     """
@@ -25,5 +26,6 @@ def reconcile() -> None:
     store = open_store()
     try:
         mirror(store, records)
+        catch_up(environment().root, store, records)
     finally:
         store.close()

@@ -46,6 +46,8 @@ def retrain(preset: Preset = None, overrides: Overrides = None) -> Any:
 
 def learn(run: FlowRun, store: Store) -> dict[str, Any]:
     """From the batches to a judged and perhaps promoted candidate; the batches in the manifest are then consumed."""
+    from feedback.snapshot import digest
+
     manifest = store.manifest()
     run.write_json(MANIFEST, manifest)
     run.stage("snapshot")
@@ -55,10 +57,10 @@ def learn(run: FlowRun, store: Store) -> dict[str, Any]:
     name_champion(run, store)
     run.stage("judge")
     decision = run.step("promote", lambda emit: promote(run, store))
-    learned = {batch["id"] for batch in manifest["batches"]}
+    learned, files = {batch["id"] for batch in manifest["batches"]}, digest(run.root / "artifacts/snapshot")
     for batch in store.open_batches():
         if batch.id in learned:
-            store.consume_batch(batch.id, run.parent)
+            store.consume_batch(batch.id, run.parent, files)
     return decision
 
 

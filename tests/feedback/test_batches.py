@@ -92,8 +92,9 @@ def test_a_batch_is_consumed_once(store: Store, answer: Answer) -> None:
         store.vote(Vote(answer(), "someone", value=1))
         assert store.open_batch() is not None
     assert [batch.id for batch in store.open_batches()] == [1, 2]
-    consumed = store.consume_batch(1, "run-1")
-    assert store.consume_batch(1, "run-2") == consumed and consumed.mlflow_run_id == "run-1"
+    consumed = store.consume_batch(1, "run-1", "f" * 64)
+    assert store.consume_batch(1, "run-2") == consumed
+    assert (consumed.mlflow_run_id, consumed.snapshot_sha256) == ("run-1", "f" * 64)
     assert [batch.id for batch in store.open_batches()] == [2]
     with pytest.raises(KeyError, match="no batch 7"):
         store.consume_batch(7, None)

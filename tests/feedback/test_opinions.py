@@ -156,10 +156,14 @@ def test_answers_of_two_tokenizers_are_not_given_to_the_trainer(store: Store, an
     same = answer("hey", "x", id="chatcmpl-3")
     with store.write() as connection:
         connection.exec_driver_sql("UPDATE completion SET prompt_token_ids = '[7, 7]' WHERE id = 'chatcmpl-2'")
+    far = answer("hey", "w", id="chatcmpl-4")
+    with store.write() as connection:
+        connection.exec_driver_sql("UPDATE completion SET origin = 'remote' WHERE id = 'chatcmpl-4'")
     store.vote(Vote(subject="someone", **compared([a, b], b)))
     store.vote(Vote(subject="someone", **compared([a, same], a)))
+    store.vote(Vote(far, "someone", value=1))
     counts = snapshot(store, tmp_path)
-    assert (counts["train"], counts["unreadable"]) == (0, 2)
+    assert (counts["train"], counts["unreadable"]) == (0, 3)
     assert read_opinions(tmp_path / "opinions.train.jsonl") == []
 
 
