@@ -193,6 +193,7 @@ def bars(results: Sequence[Result]) -> list[Bar]:
 
     ratios = [r.against_sft["perplexity_ratio"] for r in results]
     kept = [kept_relevance(r) for r in results]
+    ended = [r.candidate["ended_share"] / r.report["sft"]["ended_share"] for r in results]
     distinct, kl = (
         min(r.candidate["distinct_answers"] for r in results),
         max(r.candidate["kl_per_answer"] for r in results),
@@ -206,6 +207,9 @@ def bars(results: Sequence[Result]) -> list[Bar]:
         most("most common answer at most 5 %", "most_common_share", 0.05),
         Bar("distinct answers at least 90 %", f"{distinct:.3f} at least", distinct >= 0.90),
         Bar("relevance keeps at least half", f"{min(kept):.2f} at least", min(kept) >= 0.5),
+        Bar(
+            "answers that end at least 75 % of the SFT model's share", f"{min(ended):.2f} at least", min(ended) >= 0.75
+        ),
         Bar("held-out perplexity at most 1.10 times", f"{max(ratios):.3f} at most", max(ratios) <= 1.10),
         Bar("KL under 15 nats an answer", f"{kl:.2f} at most", kl < 15),
         Bar("judged on at least 300 prompts", str(prompts), prompts >= 300),
@@ -249,7 +253,14 @@ def document(results: Sequence[Result], code: str) -> str:
         "What would tell a gain from a collapse:",
         table(
             [
-                *("seed", "KL, nats an answer", "length, characters", "distinct answers", "most common answer"),
+                *(
+                    "seed",
+                    "KL, nats an answer",
+                    "length, characters",
+                    "answers that end",
+                    "distinct answers",
+                    "most common answer",
+                ),
                 *("character distinct-4", "relevance, nats an answer", "perplexity"),
             ],
             [health(r) for r in results],
@@ -291,6 +302,7 @@ def health(r: Result) -> list[str]:
         str(r.seed),
         f"{after['kl_per_answer']:.2f}",
         change("length_characters", 1),
+        change("ended_share"),
         change("distinct_answers"),
         f"{change('most_common_share')} ({common})",
         change("character_distinct_4"),

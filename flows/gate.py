@@ -1,7 +1,8 @@
 """Whether a candidate may take the champion's place: a pure function of the report that `judge` wrote.
 
 A gain in thumbs alone is not enough, because a model can earn it by saying "Yeah" to everything. So the gain has to be
-larger than chance, and relevance, diversity, the distance from the SFT model and held-out perplexity have to hold.
+larger than chance, and relevance, diversity, answers that end, the distance from the SFT model and held-out perplexity have
+to hold.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ class GateOptions:
     max_most_common: float = 0.05
     min_distinct: float = 0.90
     min_relevance_kept: float = 0.5  # of the SFT model's relevance
+    min_ended_kept: float = 0.75  # of the SFT model's share of answers that end by themselves
     max_perplexity_ratio: float = 1.10  # to the SFT model's, on held-out pretraining text
     max_kl: float = 15.0  # to the SFT model
     min_prompts: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("max_most_common", "min_distinct", "min_relevance_kept"):
+        for name in ("max_most_common", "min_distinct", "min_relevance_kept", "min_ended_kept"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share: give a number from 0 to 1, not {getattr(self, name)}")
         for name in ("max_second_judge_fall", "max_perplexity_ratio", "max_kl", "min_prompts"):
@@ -85,6 +87,7 @@ def decide(report: Mapping[str, Any], options: GateOptions | None = None) -> Dec
             ),
             _at_least("distinct", candidate["distinct_answers"], limits.min_distinct, "distinct answers' share"),
             _relevance(candidate["relevance"], report["sft"]["relevance"], limits),
+            _ended(candidate["ended_share"], report["sft"]["ended_share"], limits),
             _at_most(
                 "perplexity",
                 report["comparisons"]["sft"]["perplexity_ratio"],
@@ -134,6 +137,18 @@ def _relevance(candidate: float, sft: float, limits: GateOptions) -> Check:
         f"at least {limits.min_relevance_kept:.0%} {'holds' if passed else 'is needed'}"
     )
     return Check("relevance", passed, text)
+
+
+def _ended(candidate: float, sft: float, limits: GateOptions) -> Check:
+    if sft <= 0:
+        return Check("ended", True, "no answer of the SFT model ends by itself: nothing to keep")
+    kept = candidate / sft
+    passed = kept >= limits.min_ended_kept
+    text = (
+        f"{candidate:.0%} of the answers end by themselves, {sft:.0%} of the SFT model's, {kept:.0%} kept: "
+        f"at least {limits.min_ended_kept:.0%} {'holds' if passed else 'is needed'}"
+    )
+    return Check("ended", passed, text)
 
 
 def _at_most(name: str, value: float, limit: float, what: str) -> Check:

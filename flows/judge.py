@@ -96,6 +96,7 @@ class Judged:
     model_hash: str
     texts: list[str]
     tokens: list[int]
+    ended: list[bool]  # by a stop token; the others were cut off at max_new_tokens
     thumbs: list[bool]
     seconds: list[bool] | None
     kl: list[float] | None
@@ -135,7 +136,10 @@ def run(job: Job) -> dict[str, Any]:
     write_answers(job.output, prompts, judged)
     write_samples(job.output, prompts[: options.samples], base, judged, options)
     gain = report["comparisons"]["champion_before"]
-    chosen = ("thumbs_up_rate", "kl_per_answer", "relevance", "distinct_answers", "most_common_share", "perplexity")
+    chosen = (
+        *("thumbs_up_rate", "kl_per_answer", "relevance", "distinct_answers", "most_common_share", "ended_share"),
+        "perplexity",
+    )
     return {
         "prompts": len(prompts),
         **{key: report["candidate"][key] for key in chosen},
@@ -230,6 +234,7 @@ def judge(
         model_hash=contender.hash,
         texts=texts,
         tokens=[len(ids) - (ids[-1] in tokenizer.stop_ids) for ids in answers],
+        ended=[answer.finish_reason == "stop" for answer in sampled],
         thumbs=[sentiment.thumb(t, language) for t in texts],
         seconds=[bool(o) for o in opinions] if None not in opinions else None,
         kl=kl_per_answer(sampled, own_fit) if comparable else None,
@@ -326,6 +331,7 @@ def figures_of(judged: Judged, resamples: int, seed: int) -> dict[str, Any]:
         "relevance_per_token": rounded(sum(judged.relevance) / max(1, sum(judged.tokens))),
         "length_characters": rounded(float(np.mean([len(t) for t in judged.texts]))),
         "length_tokens": rounded(float(np.mean(judged.tokens))),
+        "ended_share": rounded(sum(judged.ended) / n),
         "distinct_answers": rounded(figures.distinct_share(judged.texts)),
         "most_common_share": rounded(share),
         "most_common_answer": text,
@@ -400,6 +406,7 @@ def write_answers(folder: Path, prompts: Sequence[Prompt], judged: dict[str, Jud
                 row[role] = {
                     "text": found.texts[i],
                     "tokens": found.tokens[i],
+                    "ended": found.ended[i],
                     "thumb": found.thumbs[i],
                     "second": found.seconds[i] if found.seconds is not None else None,
                     "kl": rounded(found.kl[i]) if found.kl is not None else None,

@@ -7,12 +7,13 @@ from typing import Any
 GOOD: dict[str, Any] = {
     "prompts": 400,
     "seed": 1,
-    "sft": {"relevance": 2.0},
+    "sft": {"relevance": 2.0, "ended_share": 0.96},
     "champion_before": {},
     "candidate": {
         "most_common_share": 0.02,
         "distinct_answers": 0.97,
         "relevance": 1.6,
+        "ended_share": 0.9,
         "kl_per_answer": 4.0,
     },
     "comparisons": {

@@ -21,6 +21,7 @@ def result(seed: int, gain: int = 40, **changes: float) -> Result:
         "kl_per_answer": 5.0,
         "length_characters": 30.0,
         "distinct_answers": 0.95,
+        "ended_share": 0.9,
         "most_common_share": 0.02,
         "most_common_answer": "a | b",
         "character_distinct_4": 0.5,
@@ -62,7 +63,7 @@ def missed(*results: Result) -> list[str]:
 def test_good_seeds_hold_every_bar() -> None:
     results = [result(seed) for seed in range(1, 6)]
     assert missed(*results) == []
-    assert len(evidence.bars(results)) == 11
+    assert len(evidence.bars(results)) == 12
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_good_seeds_hold_every_bar() -> None:
         ({"most_common_share": 0.06}, "most common answer at most 5 %"),
         ({"distinct_answers": 0.85}, "distinct answers at least 90 %"),
         ({"relevance_kept": 0.4}, "relevance keeps at least half"),
+        ({"ended_share": 0.67}, "answers that end at least 75 % of the SFT model's share"),
         ({"perplexity_ratio": 1.2}, "held-out perplexity at most 1.10 times"),
         ({"kl_per_answer": 15.0}, "KL under 15 nats an answer"),
         ({"prompts": 299}, "judged on at least 300 prompts"),
@@ -99,7 +101,7 @@ def test_the_page_shows_every_seed_and_every_bar() -> None:
     assert "| 2 | 1,200 | 0.700 [0.670, 0.730] | 0.600 | 0.550 | 0.800 |" in page
     assert "'a \\| b'" in page
     columns = {line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("| 1 |")}
-    assert columns == {9, 7}
+    assert columns == {9, 10, 7}
 
 
 def test_a_seeds_workspace_is_a_copy_with_its_seed(tmp_path: Path) -> None:

@@ -215,14 +215,15 @@ def test_relevance_is_own_less_the_mean_of_every_other_prompt(folders: dict[str,
     assert judge.relevance(uniform.model, prompts, answers, own, seed=1) == pytest.approx([0, 0, 0], abs=1e-4)
 
 
-def judged(thumbs: list[bool], texts: list[str]) -> Judged:
+def judged(thumbs: list[bool], texts: list[str], cut: int = 0) -> Judged:
     n = len(texts)
-    return Judged("h" * 64, texts, [len(t.split()) for t in texts], thumbs, thumbs, [1.0] * n, [0.5] * n, 10.0)
+    ended = [i >= cut for i in range(n)]
+    return Judged("h" * 64, texts, [len(t.split()) for t in texts], ended, thumbs, thumbs, [1.0] * n, [0.5] * n, 10.0)
 
 
 def test_report_by_hand() -> None:
     before = judged([True, False, False, False], ["a b", "c", "d", "e"])
-    after = judged([True, True, True, False], ["Yeah", "Yeah", "Yeah", "e"])
+    after = judged([True, True, True, False], ["Yeah", "Yeah", "Yeah", "e"], cut=1)
     report = judge.make_report(
         {"sft": before, "champion_before": before, "candidate": after}, seed=1, language="en", resamples=100
     )
@@ -231,6 +232,7 @@ def test_report_by_hand() -> None:
     assert candidate["kl_per_answer"] == candidate["kl_per_answer_low"] == 1.0
     assert (candidate["most_common_answer"], candidate["most_common_share"]) == ("Yeah", 0.75)
     assert candidate["distinct_answers"] == 0.5
+    assert (report["sft"]["ended_share"], candidate["ended_share"]) == (1.0, 0.75)
     assert candidate["length_characters"] == 3.25
     assert candidate["character_distinct_4"] == pytest.approx(1 / 3, abs=1e-6)
     assert candidate["relevance_per_token"] == 0.5
