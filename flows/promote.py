@@ -122,8 +122,10 @@ def keep_model(root: Path, folder: Path, hash: str) -> str:
 def numbers(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures that decided, for the promotion's row."""
     against = report["comparisons"]["champion_before"]
-    chosen = ("relevance", "kl_per_answer", "distinct_answers", "most_common_share", "perplexity")
-    chosen += ("length_characters", "ended_share")
+    chosen = (
+        *("relevance", "kl_per_answer", "distinct_answers", "most_common_share", "perplexity"),
+        *("length_characters", "ended_share"),
+    )
     gains = {key: value for key, value in against.items() if key.startswith(("thumbs_up_gain", "second_judge_gain"))}
     return {
         "prompts": report["prompts"],
