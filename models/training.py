@@ -159,11 +159,13 @@ class Training:
     def rehearse(self, module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: str, parts: int = 1) -> None:
         """Try the largest batch once (models.memory.rehearse) and report how long the stage will take at most, and its memory.
 
-        parts: how many such a step has. To the peak come Adam's two moments. Raises MemoryError.
+        parts: how many such a step has. To the peak come Adam's two moments, and on the CPU a checkpoint, which stands in
+        memory before it is written. Raises MemoryError.
         """
         tried = rehearse(module, loss, what, remedy)
-        moments = sum(8 * p.numel() for p in module.parameters() if p.requires_grad) // self.job.ranks.size
-        self.job.estimate((self.steps - self.first) * parts * tried.seconds, tried.memory + moments)
+        learned = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        memory = tried.memory + 8 * learned // self.job.ranks.size + (12 * learned if self.job.device == "cpu" else 0)
+        self.job.estimate((self.steps - self.first) * parts * tried.seconds, memory)
 
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from models.memory import peak_memory, rehearse
+from models.job import Job
+from models.memory import Rehearsal, peak_memory, rehearse
+from models.training import Training, TrainingOptions
 
 HUNGRY = """
 import resource, torch
@@ -44,3 +47,17 @@ def test_other_errors_stay_what_they_are() -> None:
     model = nn.Linear(8, 8)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         rehearse(model, lambda: model(torch.ones(4, 9)).sum(), "a batch", "none")
+
+
+def test_the_estimate_counts_moments_and_the_checkpoint_that_stands_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with a base of 135 M parameters: full SFT took 4.1 GB where rehearsal and moments said 2.8."""
+    monkeypatch.setattr("models.training.rehearse", lambda *arguments: Rehearsal(2.0, 1000))
+    events: list[dict[str, Any]] = []
+    job = Job("sft", tmp_path, (), tmp_path / "output", tmp_path / "work", {"seed": 1}, emit=events.append)
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    Training(job, TrainingOptions(), 10, {}).rehearse(module, lambda: torch.zeros(()), "", "", parts=3)
+    # 6 numbers learn: 8 bytes of moments each, and 12 of a checkpoint
+    assert events == [{"event": "estimate", "seconds": 60.0, "memory": 1000 + 6 * 20}]
