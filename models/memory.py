@@ -44,6 +44,13 @@ def rehearse(module: nn.Module, loss: Callable[[], Tensor], what: str, remedy: s
     return Rehearsal(time.perf_counter() - started, peak_memory(device.type))
 
 
+def smaller(section: str, count: int) -> str:
+    """What to do when `count` elements of a section's micro-batch do not fit."""
+    if count > 1:
+        return f"set {section}.micro_batch below {count} in params.yaml"
+    return "not even one fits: shorten what is learned from (tokenize, in params.yaml), or start from a smaller model"
+
+
 def peak_memory(device: str) -> int:
     """The most memory in bytes that this process has used: on the GPU for "cuda", else resident."""
     if device == "cuda":

@@ -29,6 +29,7 @@ from models.job import Job
 from models.layout import branched_layout
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import log_probs
+from models.memory import smaller
 from models.opinions import Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.ptx import PtxOptions, add_ptx_gradient, check_ptx
@@ -255,22 +256,20 @@ def rehearse(
     policy: Transformer,
     remember: Callable[[], float],
 ) -> None:
-    """Try the batch of the elements with the most tokens. remember: adds the language-modelling gradient. Raises MemoryError."""
-    ranks, most = training.job.ranks, options.micro_batch
-    size = min(options.batch_size, len(method))
-    longest = sorted(range(len(method)), key=method.tokens)[-(min(size, most * ranks.size) if most else size) :]
-    parts = list(ranks.cut(longest, most))
+    """Try the batch with the most tokens. remember: adds the language-modelling gradient. Raises MemoryError."""
+    sizes = [method.tokens(i) for i in range(len(method))]
+    fullest, times = training.fullest(sizes, options.batch_size, options.micro_batch)
+    parts = list(training.job.ranks.cut(fullest, options.micro_batch))
     (mine, _), *_ = parts
 
     def largest() -> Tensor:
         if options.ptx_coefficient:
             remember()
-        loss, _ = next(method.losses(policy, longest, parts))
+        loss, _ = next(method.losses(policy, fullest, parts))
         return loss
 
-    what = f"{name}: {len(mine)} elements, the longest there are, of {sum(map(method.tokens, mine))} tokens together"
-    remedy = f"set {name}.micro_batch below {len(mine)} in params.yaml"
-    training.rehearse(policy, largest, what, remedy, len(list(ranks.cut(range(size), most))))
+    what = f"{name}: {len(mine)} elements of {sum(map(method.tokens, mine))} tokens together"
+    training.rehearse(policy, largest, what, smaller(name, len(mine)), times)
 
 
 @torch.inference_mode()

@@ -34,6 +34,7 @@ from models.intervals import wilson
 from models.job import Job
 from models.layout import Layout, branched_layout, packed_layout
 from models.lora import Learned, LoraOptions, what_learns
+from models.memory import smaller
 from models.opinions import Preference, Rated, read_opinions
 from models.optim import Optimizer, learning_rate
 from models.tokenizer import Tokenizer
@@ -276,13 +277,11 @@ def run(job: Job) -> dict[str, Any]:
     training = Training(job, options, steps, {"model": learned, "optimizer": optimizer})
     model.train()
 
-    size = min(options.batch_size, len(train))
-    largest, _ = next(ranks.cut(by_length(train)[-(min(size, most * ranks.size) if most else size) :], most))
+    fullest, parts = training.fullest([rated.tokens() for rated in train], options.batch_size, most)
+    largest, everything = [train[i] for i in next(ranks.cut(fullest, most))[0]], counts_of(train)
     answers, count = sum(len(rated.answers) for rated in largest), sum(rated.tokens() for rated in largest)
-    what = f"reward: the {len(largest)} longest prompts, with {answers} answers of {count} tokens together"
-    remedy = f"set reward.micro_batch below {len(largest)} in params.yaml"
-    parts = len(list(ranks.cut(range(size), most)))
-    everything = counts_of(train)
+    what = f"reward: {len(largest)} prompts with {answers} answers of {count} tokens together"
+    remedy = smaller("reward", len(largest))
     training.rehearse(model, lambda: batch_loss(model, largest, options, everything)[0], what, remedy, parts)
     clock, seen = time.perf_counter(), 0
     for step, chosen in batches(len(train), options.batch_size, job.seed, training.first, steps):

@@ -20,6 +20,7 @@ from models.job import Job
 from models.layout import Layout, packed_layout
 from models.lora import LoraOptions, save_adapter, what_learns
 from models.losses import cross_entropy
+from models.memory import smaller
 from models.optim import Optimizer, learning_rate
 from models.ranks import ALONE, Ranks
 from models.tokenizer import Tokenizer
@@ -141,16 +142,11 @@ def run(job: Job) -> dict[str, Any]:
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
     model.train()
 
-    steps = batches(len(data), options.batch_size, job.seed, 0, options.steps)
-    size = min(options.batch_size, len(data))
-    together = min(size, most * ranks.size) if most else size
-    lengths = np.diff(data.offsets)
-    fullest = max((chosen for _, chosen in steps), key=lambda chosen: np.sort(lengths[chosen])[-together:].sum())
-    largest, _ = next(micro_batches(data, by_length(data, fullest)[-together:], most, job.device, ranks))
-    what = f"sft: {largest.layout.rows} conversations of {len(largest.tokens)} tokens together"
-    remedy = f"set sft.micro_batch below {largest.layout.rows} in params.yaml"
-    parts = len(list(ranks.cut(range(size), most)))
-    training.rehearse(model, lambda: sft_loss(model, largest, len(largest.targets)), what, remedy, parts)
+    fullest, parts = training.fullest(np.diff(data.offsets).tolist(), options.batch_size, most)
+    largest, _ = next(micro_batches(data, fullest, most, job.device, ranks))
+    rows = largest.layout.rows
+    what = f"sft: {rows} conversations of {len(largest.tokens)} tokens together"
+    training.rehearse(model, lambda: sft_loss(model, largest, len(largest.targets)), what, smaller("sft", rows), parts)
     clock, seen = time.perf_counter(), 0
     # 1. the step's conversations
     for step, chosen in batches(len(data), options.batch_size, job.seed, training.first, options.steps):

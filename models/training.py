@@ -167,6 +167,17 @@ class Training:
         memory = tried.memory + 8 * learned // self.job.ranks.size + (12 * learned if self.job.device == "cpu" else 0)
         self.job.estimate((self.steps - self.first) * parts * tried.seconds, memory)
 
+    def fullest(self, sizes: Sequence[int], batch: int, part: int | None) -> tuple[list[int], int]:
+        """What of a step is in memory at once where that is most, largest last, and how many such parts a step has at most.
+
+        sizes: of all elements, from which `batches` draws `batch` at a time; part: elements at a time (of each process), None
+        for all of a step's.
+        """
+        together = part * self.job.ranks.size if part else batch
+        drawn = batches(len(sizes), batch, self.job.seed, 0, self.steps)
+        steps = (sorted(chosen, key=sizes.__getitem__)[-together:] for _, chosen in drawn)
+        return max(steps, key=lambda found: sum(sizes[i] for i in found)), math.ceil(min(batch, len(sizes)) / together)
+
     def logs(self, done: int) -> bool:
         """Whether the step that makes `done` steps is one that the curve shows."""
         return done % self.options.log_every == 0 or done == self.steps
