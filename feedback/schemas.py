@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +26,16 @@ Short = Annotated[str, Field(max_length=255), AfterValidator(storable)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
 Channel = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,16}$")]
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def sensible_time(moment: datetime) -> datetime:
+    """Raises ValueError for a moment that no clock of a client shows; the first and last of a calendar have no UTC."""
+    if not 2000 <= moment.year < 2200:
+        raise ValueError("a time between the years 2000 and 2200 is expected")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(sensible_time)]
 Source = Literal["human_user", "human_expert", "simulated", "llm_judge"]
 
 
@@ -134,7 +145,7 @@ class Said(BaseModel):
     channel: Channel = "api"
     locale: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,16}$")] = ""
     user: Short | None = None
-    client_time: AwareDatetime | None = None
+    client_time: Moment | None = None
 
     def stated(self) -> dict[str, Any]:
         """The fields of a Vote."""

@@ -116,6 +116,7 @@ def test_what_cannot_be_stored_is_refused_before_the_database_sees_it(api: TestC
     for kind, bad in (
         ("thumb", {"value": 1, "channel": "a" * 17}),
         ("thumb", {"value": 1, "client_time": "2026-01-01T00:00:00"}),
+        ("thumb", {"value": 1, "client_time": "0001-01-01T00:00:00+14:00"}),  # overflowed on its way to UTC
         ("edit", {"correction": ""}),
         ("edit", {"correction": "a\0b"}),
         ("edit", {"value": 1}),
