@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
+from models.layout import attend, dense_layout
 from models.products import PRODUCTS, Precision, Product, numpy_of
+from models.rope import tables
 from models.sampling import Doubles, Floats, Ints, Sampler, Sampling, Settings
 from models.transformer import Block, Transformer
 
@@ -87,9 +88,7 @@ class CpuDecoder:
         self.layers = [layer_of(block, kind, width) for block in model.layers]
         self.embedding, self.norm = numpy_of(model.embedding.weight), numpy_of(model.norm.weight)
         self.head = kind(model.head_weight, None, width)
-        self.turns = torch.complex(model.cos.float(), model.sin.float())[
-            :context
-        ].numpy()  # complex64 [context, 1, R/2]
+        self.turns = torch.complex(*tables(c)).numpy()  # complex64 [positions, 1, R/2]
         heads = (c.num_hidden_layers, width, c.num_key_value_heads)
         self.keys = np.zeros((*heads, c.head_dim, self.context), dtype=np.float32)
         self.values = np.zeros((*heads, self.context, c.head_dim), dtype=np.float32)
@@ -109,21 +108,13 @@ class CpuDecoder:
         shapes = tuple(sorted({x.shape for x in [*linears, self.head]}))
         self.heights = heights(width, shapes, kind, torch.get_num_threads())
 
-    def begin(
-        self,
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        cache: Sequence[tuple[Tensor, Tensor]],
-        samplings: Sequence[Sampling],
-    ) -> None:
-        """Prompts enter rows. cache: each layer's keys and values [P, T, K, D] of P prompts (those of `rows` first), padded
-        to T tokens."""
-        for layer, (keys, values) in enumerate(cache):
-            k, v = (t[: len(rows)].float().numpy() for t in (keys, values))
-            if self.layers[layer].rotary:
-                k = self._paired(k)
-            self.keys[layer, rows, :, :, : k.shape[1]] = k.transpose(0, 2, 3, 1)
-            self.values[layer, rows, :, : v.shape[1]] = v.transpose(0, 2, 1, 3)
+    def read(
+        self, tokens: Ints, rows: Sequence[int], lengths: Sequence[int], samplings: Sequence[Sampling]
+    ) -> tuple[Ints, Doubles]:
+        """Prompts enter rows and get their first tokens: ids and log-probabilities, one a row.
+
+        tokens: [P, T], the prompts of `rows` first, each padded behind its end; what else stands there keeps the shape.
+        """
         self.lengths[rows] = lengths
         for row, sampling in zip(rows, samplings, strict=True):
             self.settings.begin(row, sampling)
@@ -132,10 +123,9 @@ class CpuDecoder:
             for row, length in zip(rows, lengths, strict=True):
                 seen = (place < length) & (place > length - window if window else True)
                 mask[row, 0, 0] = np.where(seen, 0, -np.inf)
-
-    def first(self, hidden: Tensor, rows: Ints) -> tuple[Ints, Doubles]:
-        """Sample the first tokens of prompts: hidden [P, d] after the last norm (those of `rows` first)."""
-        return self._sample(hidden.float().numpy(), rows)
+        last = np.arange(len(tokens)) * tokens.shape[1]
+        last[: len(rows)] += np.array(lengths) - 1
+        return self._sample(self._read(tokens, rows, last), np.array(rows))
 
     def end(self, row: int) -> None:
         """The row idles: it computes along, over one key."""
@@ -167,6 +157,26 @@ class CpuDecoder:
         self.tokens[rows] = ids
         return ids, logprobs
 
+    def _read(self, tokens: Ints, rows: Sequence[int], last: Ints) -> Floats:
+        """Prompts [P, T] → [P, d] after the last norm, of the tokens at `last`; the keys and values of `rows` are kept."""
+        c, eps = self.config, self.config.rms_norm_eps
+        prompts, longest = tokens.shape
+        layout = dense_layout(prompts, longest)
+        turns = np.tile(self.turns[:longest], (prompts, 1, 1))
+        x = self.embedding[tokens.reshape(-1)]
+        for i, layer in enumerate(self.layers):
+            heads = layer.qkv(normed(x, layer.attention_norm, eps)).reshape(len(x), -1, c.head_dim)
+            q, k, v = self._split(layer, heads, turns)
+            kept = (t.reshape(prompts, longest, -1, c.head_dim)[: len(rows)] for t in (k, v))
+            self.keys[i, rows, :, :, :longest] = next(kept).transpose(0, 2, 3, 1)
+            self.values[i, rows, :, :longest] = next(kept).transpose(0, 2, 1, 3)
+            found = attend(torch.from_numpy(q), torch.from_numpy(k), torch.from_numpy(v), layout, layer.window)
+            y = found.flatten(1).numpy()
+            if layer is self.layers[-1]:
+                x, y = x[last], y[last]
+            x = self._finish(layer, x, y)
+        return normed(x, self.norm, eps)
+
     def _hidden(self, h: int) -> Floats:
         """[h, d] after the last norm, from the rows' last tokens, whose keys and values are added to the cache."""
         c, at, eps = self.config, self.lengths[:h], self.config.rms_norm_eps
@@ -179,24 +189,31 @@ class CpuDecoder:
         turns = self.turns[at]
         places = self.places[:h] + at[:, None, None]
         x = self.embedding[self.tokens[:h]]
-        wide, narrow = self._wide[:h], self._narrow[:h]
         for i, layer in enumerate(self.layers):
             heads = layer.qkv(normed(x, layer.attention_norm, eps)).reshape(h, -1, c.head_dim)
             q, k, v = self._split(layer, heads, turns)
             self.keys[i].reshape(-1)[places] = k
             self.values[i, self.rows[:h], :, at] = v
-            y = layer.o(self._attend(i, q, self.masks[layer.window][:h, :, :, :span]))
-            x += y if layer.attention_post_norm is None else normed(y, layer.attention_post_norm, eps)
-            layer.gate_up(normed(x, layer.mlp_norm, eps), wide)
-            gate, up = wide[:, : c.intermediate_size], wide[:, c.intermediate_size :]
-            F.silu(torch.from_numpy(gate), inplace=True)
-            y = layer.down(np.multiply(gate, up, out=narrow))
-            x += y if layer.mlp_post_norm is None else normed(y, layer.mlp_post_norm, eps)
+            y = self._attend(i, q, self.masks[layer.window][:h, :, :, :span])
+            x = self._finish(layer, x, y, self._wide[:h], self._narrow[:h])
         self.lengths[:h] += self.settings.live[:h]
         return normed(x, self.norm, eps)
 
+    def _finish(
+        self, layer: Layer, x: Floats, y: Floats, wide: Floats | None = None, narrow: Floats | None = None
+    ) -> Floats:
+        """x [N, d] and what attention found, y [N, H·D] → the layer's output [N, d], in x. wide, narrow: room for the MLP."""
+        eps, half = self.config.rms_norm_eps, self.config.intermediate_size
+        y = layer.o(y)
+        x += y if layer.attention_post_norm is None else normed(y, layer.attention_post_norm, eps)
+        wide = layer.gate_up(normed(x, layer.mlp_norm, eps), wide)
+        F.silu(torch.from_numpy(wide[:, :half]), inplace=True)
+        y = layer.down(np.multiply(wide[:, :half], wide[:, half:], out=narrow))
+        x += y if layer.mlp_post_norm is None else normed(y, layer.mlp_post_norm, eps)
+        return x
+
     def _split(self, layer: Layer, heads: Floats, turns: NDArray[np.complex64]) -> tuple[Floats, Floats, Floats]:
-        """Projections [h, H + 2K, D] → normalised and rotated q [h, H, D], divided by √D, and k [h, K, D]; v [h, K, D]."""
+        """Projections [h, H + 2K, D] → normalised and rotated q [h, H, D] and k [h, K, D]; v [h, K, D]."""
         c = self.config
         h, n = c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads
         qk, v = heads[:, :n], heads[:, n:]
@@ -206,9 +223,7 @@ class CpuDecoder:
             qk = self._paired(qk)
             pairs = qk[..., : c.rotary_dim].view(np.complex64)
             pairs *= turns
-        q = qk[:, :h]
-        q *= c.head_dim**-0.5
-        return q, qk[:, h:], v
+        return qk[:, :h], qk[:, h:], v
 
     def _paired(self, heads: Floats) -> Floats:
         """Heads [..., D] with the halves that RoPE turns brought side by side: its pairs become complex numbers."""
@@ -226,7 +241,8 @@ class CpuDecoder:
         """q [h, H, D] over the cached keys and values, under mask [h, 1, 1, S]: [h, H·D]."""
         c, h, span = self.config, len(q), mask.shape[-1]
         groups = (h, c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
-        q, keys, values = q.reshape(*groups, -1), self.keys[layer, :h], self.values[layer, :h]
+        q = np.multiply(q, c.head_dim**-0.5).reshape(*groups, -1)
+        keys, values = self.keys[layer, :h], self.values[layer, :h]
         chunks = [slice(start, min(start + CHUNK, span)) for start in range(0, span, CHUNK)]
         scores = self._scores[: h * c.num_attention_heads * span].reshape(*groups, span)
         for chunk in chunks:

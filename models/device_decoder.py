@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layout import dense_layout
 from models.sampling import BLOCK, Doubles, Ints, Sampling
 from models.transformer import Block, Transformer
 
@@ -40,31 +41,29 @@ class DeviceDecoder:
         self.filtered = [False] * width
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
-    def begin(
-        self,
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        cache: Sequence[tuple[Tensor, Tensor]],
-        samplings: Sequence[Sampling],
-    ) -> None:
-        """As CpuDecoder.begin."""
+    def read(
+        self, tokens: Ints, rows: Sequence[int], lengths: Sequence[int], samplings: Sequence[Sampling]
+    ) -> tuple[Ints, Doubles]:
+        """As CpuDecoder.read."""
+        prompts, longest = tokens.shape
+        last = torch.arange(prompts) * longest
+        last[: len(rows)] += torch.tensor(lengths) - 1
+        flat, layout = torch.from_numpy(tokens).view(-1).to(self.device), dense_layout(prompts, longest, self.device)
+        hidden, cache = self.model.forward_with_cache(flat, layout, last.to(self.device))
         at = torch.tensor(rows, device=self.device)
-        for layer, (k, v) in enumerate(cache):
-            for store, new in ((self.keys, k), (self.values, v)):
-                store[layer, at, :, : new.shape[1]] = new[: len(rows)].transpose(1, 2)
+        for layer, pair in enumerate(cache):
+            for store, new in zip((self.keys, self.values), pair, strict=True):
+                blocks = new.view(prompts, longest, *new.shape[1:])[: len(rows)]
+                store[layer, at, :, :longest] = blocks.transpose(1, 2)
         self.lengths[at] = torch.tensor(lengths, device=self.device)
         for row, s in zip(rows, samplings, strict=True):
             self.temperature[row], self.top_k[row], self.top_p[row] = s.temperature, s.top_k, s.top_p
             self.numbers[row, : len(s.numbers)] = torch.from_numpy(s.numbers).to(self.device)
             self.made[row], self.live[row] = 0, True
             self.filtered[row] = s.filtered
-
-    def first(self, hidden: Tensor, rows: Ints) -> tuple[Ints, Doubles]:
-        """As CpuDecoder.first."""
-        at = torch.from_numpy(rows).to(self.device)
         logits = self.model.logits(hidden)[: len(rows)]
-        self._take(at, *self._draw(logits, at, any(self.filtered[row] for row in rows)))
-        return self._sampled(rows)
+        self._take(at, *self._draw(logits, at, any(s.filtered for s in samplings)))
+        return self._sampled(np.array(rows))
 
     def end(self, row: int) -> None:
         """The row idles: it computes along, over one key."""

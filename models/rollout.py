@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.cpu_decoder import SPAN, CpuDecoder
 from models.device_decoder import DeviceDecoder
-from models.layout import Layout, dense_layout, packed_layout
+from models.layout import Layout, packed_layout
 from models.losses import log_probs
 from models.products import PRODUCTS, Precision
 from models.sampling import Doubles, Ints, Sampling
@@ -63,8 +63,8 @@ class Engine:
 
     stop_id: the token, or the tokens, that end an answer. context: prompt and answer together, when the cache should
     hold less than the model's whole context (it takes 2 · layers · width · context · K · D numbers).
-    precision: of the matrix products of decoding on a CPU (prompts are read by the model as it is). Below fp32 it is
-    another distribution that is sampled, a little off the model's; the log-probabilities are of that one.
+    precision: of the matrix products on a CPU. Below fp32 it is another distribution that is sampled, a little off the
+    model's; the log-probabilities are of that one.
     """
 
     def __init__(
@@ -151,22 +151,15 @@ class Engine:
             request = self.waiting.popleft()
             (chosen if self._padded(request) == longest else others).append(request)
         self.waiting.extendleft(reversed(others))
-        tokens = torch.zeros(block, longest, dtype=torch.long)
-        for i, request in enumerate(chosen):
-            tokens[i, : len(request.prompt)] = torch.tensor(request.prompt)
-        layout = dense_layout(block, longest, self.device)
-        last = torch.arange(block) * longest
-        last[: len(chosen)] += torch.tensor([len(request.prompt) - 1 for request in chosen])
-        hidden, cache = self.model.forward_with_cache(tokens.view(-1).to(self.device), layout, last.to(self.device))
-        rows, lengths = free[: len(chosen)], [len(request.prompt) for request in chosen]
-        samplings = []
-        for row, request in zip(rows, chosen, strict=True):
+        tokens = np.zeros((block, longest), dtype=np.int64)
+        rows, samplings = free[: len(chosen)], []
+        for i, (row, request) in enumerate(zip(rows, chosen, strict=True)):
+            tokens[i, : len(request.prompt)] = request.prompt
             self.slots[row] = request
             self.limits[row] = min(request.max_new_tokens, self.context - len(request.prompt))
             numbers = np.random.Generator(np.random.Philox(request.seed)).random(self.limits[row])
             samplings.append(Sampling(request.temperature, request.top_k, request.top_p, numbers))
-        self.decoder.begin(rows, lengths, [(_blocks(k, block), _blocks(v, block)) for k, v in cache], samplings)
-        ids, logprobs = self.decoder.first(hidden, np.array(rows))
+        ids, logprobs = self.decoder.read(tokens, rows, [len(request.prompt) for request in chosen], samplings)
         return self._collect(rows, ids, logprobs)
 
     def _gather(self, decoder: CpuDecoder) -> int:
@@ -209,11 +202,6 @@ def _round_up(length: int, context: int) -> int:
 def _together(width: int, length: int) -> int:
     """How many prompts of a padded length are read together: few when they are long, so that none waits for much."""
     return max(1, min(width, PREFILL_TOKENS // length))
-
-
-def _blocks(cached: Tensor, rows: int) -> Tensor:
-    """Keys or values [P·T, K, D] → [P, T, K, D]."""
-    return cached.view(rows, -1, *cached.shape[1:])
 
 
 def generate(

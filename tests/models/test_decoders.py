@@ -137,8 +137,7 @@ def test_a_bf16_model_is_decoded_in_fp32_from_its_own_weights() -> None:
     done = answers(Engine(halves, stop_id=2, width=4), asked)
     scored = sequence_logprobs(whole, [r.prompt for r in asked], [done[r.id].ids for r in asked])
     for request, expected in zip(asked, scored, strict=True):
-        # the prompt was read in bf16, whose numbers have 8 bits
-        assert done[request.id].logprobs == pytest.approx(expected, abs=0.3)
+        assert done[request.id].logprobs == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
