@@ -117,10 +117,10 @@ ROWS = (
     Row(
         *(
             "ppo-full",
-            "PPO iteration, every answer full length",
+            "PPO iteration, shared critic, every answer full length",
             "TRL 0.11.4 PPOTrainer.step, value head on the policy",
         ),
-        *("ppo", ("trl_ppo_step", "ppo"), "trl-0.11", "episodes"),
+        *("ppo_shared", ("trl_ppo_step", "ppo"), "trl-0.11", "episodes"),
         must=bar(2.3, 1.6),
         aim=bar(3, 2),
     ),

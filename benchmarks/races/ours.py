@@ -154,7 +154,7 @@ def generate_one(size: str, root: Path, meter: Meter) -> None:
     meter.write(work=made, bytes=4 * work.SHAPES[size].weights * made)
 
 
-def ppo(size: str, root: Path, meter: Meter) -> None:
+def ppo(size: str, root: Path, meter: Meter, critic: str = "own") -> None:
     """Episodes through whole PPO iterations, the first one warm-up."""
     iterations = work.AMOUNTS[size].iterations
     options = {
@@ -168,6 +168,7 @@ def ppo(size: str, root: Path, meter: Meter) -> None:
         "critic_learning_rate": work.PPO_RATE,
         "kl_coefficient": work.KL,
         "reward": "score",
+        "critic": critic,
         "ptx_coefficient": 0.0,
         "checkpoint_every": FAR,
         "log_every": 1,
@@ -179,15 +180,22 @@ def ppo(size: str, root: Path, meter: Meter) -> None:
         work=iterations * work.PPO_BATCH,
         answer_tokens=answer,
         rollout_share=sum(row["rollout_share"] for row in rows) / len(rows),
-        flops=iterations * ppo_flops(work.SHAPES[size], prompts, answer),
+        flops=iterations * ppo_flops(work.SHAPES[size], prompts, answer, critic),
     )
 
 
-def ppo_flops(shape: work.Shape, prompts: Sequence[int], answer: float) -> float:
-    """An iteration at least: the rollout, the reference, reward model and critic, and epochs of policy and critic."""
+def ppo_shared(size: str, root: Path, meter: Meter) -> None:
+    """As ppo, with a head on the policy as the critic."""
+    ppo(size, root, meter, "shared")
+
+
+def ppo_flops(shape: work.Shape, prompts: Sequence[int], answer: float, critic: str) -> float:
+    """An iteration at least: the rollout, the reference, reward model and critic, and epochs of policy and critic. A head on
+    the policy costs nothing."""
     lengths = [n + answer for n in prompts]
     policy, headless = shape.forward(lengths, answer * len(prompts)), shape.forward(lengths, 0)
-    return 2 * policy + 2 * headless + work.PPO_EPOCHS * 3 * (policy + headless)
+    own = headless if critic == "own" else 0.0
+    return 2 * policy + headless + own + work.PPO_EPOCHS * 3 * (policy + own)
 
 
 WORKS = {
@@ -198,6 +206,7 @@ WORKS = {
     "generate": generate,
     "generate_one": generate_one,
     "ppo": ppo,
+    "ppo_shared": ppo_shared,
 }
 
 
