@@ -174,8 +174,8 @@ def reward_scorer(read: Sequence[Tensor], opinions: Sequence[Rated]) -> Scorer:
     return score
 
 
-def _differences(rows: Tensor, preferences: Sequence[Preference]) -> Tensor:
-    """The winner's row less the loser's, for each pair."""
+def _differences(rows: Any, preferences: Sequence[Preference]) -> Any:
+    """The winner's row less the loser's, for each pair; rows: a tensor, or a sparse matrix."""
     return rows[[p.winner for p in preferences]] - rows[[p.loser for p in preferences]]
 
 
@@ -188,18 +188,12 @@ def tfidf_scorer(questions: Sequence[Question]) -> Scorer:
     def score(train: Sequence[int], heldout: Sequence[int]) -> list[Sequence[float]]:
         vectorizer = TfidfVectorizer(ngram_range=(1, 2)).fit([a for i in train for a in questions[i].answers])
         rows = [vectorizer.transform(questions[i].answers) for i in train]
-        differences = vstack(
-            [_sparse_differences(x, questions[i].preferences) for x, i in zip(rows, train, strict=True)]
-        )
+        differences = vstack([_differences(x, questions[i].preferences) for x, i in zip(rows, train, strict=True)])
         signs = np.repeat([1, -1], differences.shape[0])
         model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(vstack([differences, -differences]), signs)
         return [model.decision_function(vectorizer.transform(questions[i].answers)).tolist() for i in heldout]
 
     return score
-
-
-def _sparse_differences(rows: Any, preferences: Sequence[Preference]) -> Any:
-    return rows[[p.winner for p in preferences]] - rows[[p.loser for p in preferences]]
 
 
 def length_scorer(lengths: Sequence[Sequence[int]]) -> Scorer:
