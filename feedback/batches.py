@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -250,7 +250,9 @@ def check_manifest(connection: sa.Connection, entries: list[dict[str, Any]]) -> 
             )
 
 
-def opinions(connection: sa.Connection, manifest: dict[str, Any]) -> Iterator[Opinion]:
+def opinions(
+    connection: sa.Connection, manifest: dict[str, Any], retell: Callable[[Answer], Answer]
+) -> Iterator[Opinion]:
     """See Store.opinions. The states come from the log, so people may go on voting meanwhile."""
     entries = list(manifest["batches"])
     check_manifest(connection, entries)
@@ -260,7 +262,7 @@ def opinions(connection: sa.Connection, manifest: dict[str, Any]) -> Iterator[Op
         standing = [row for row in rows if stood(row.payload)]
         known = lessons.answers(connection, (id for row in standing for id in lessons.others(row.kind, row.payload)))
         for row in standing:
-            yield taught(row, known)
+            yield taught(row, known, retell)
 
 
 def stood(state: dict[str, Any]) -> bool:
@@ -268,11 +270,14 @@ def stood(state: dict[str, Any]) -> bool:
     return not state["retracted"] and state["moderation"] == "accepted" and state["value"] != 0
 
 
-def taught(row: sa.Row[Any], known: dict[str, Answer]) -> Opinion:
+def taught(row: sa.Row[Any], known: dict[str, Answer], retell: Callable[[Answer], Answer]) -> Opinion:
     """The opinion of a row of newest_states, with what it teaches."""
-    answer, state = lessons.answer_of(row), {"strength": 1.0, **row.payload}
-    lesson = lessons.lesson(row.kind, state, answer, known)
-    about = [answer, *(known[id] for id in lessons.others(row.kind, state))]
+    answer, state = retell(lessons.answer_of(row)), {"strength": 1.0, **row.payload}
+    told = {id: retell(known[id]) for id in lessons.others(row.kind, state)}
+    lesson = lessons.lesson(row.kind, state, answer, told)
+    about = [answer, *told.values()]
+    if any(each.tokenised for each in about):
+        lesson["tokenised"] = True
     names = ("feedback_id", "batch_id", "seq", "completion_id", "subject", "kind", "messages")
     return Opinion(
         value=state["value"],

@@ -17,7 +17,11 @@ CHUNK = 500  # ids in one statement
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as training reads it: token ids as they were sampled, never text tokenised again."""
+    """An answer as training reads it: token ids as they were sampled; or made of text.
+
+    ours: the answer came from elsewhere, but these are ids of the tokenizer that is learned with; tokenised: made of its text
+    (retelling.py says both).
+    """
 
     id: str
     prompt_ids: list[int]
@@ -25,7 +29,10 @@ class Answer:
     messages: list[dict[str, str]]
     response: str
     model_hash: str
-    origin: str
+    origin: str = "decoder"
+    finish_reason: str | None = None
+    ours: bool = False
+    tokenised: bool = False
 
 
 # the columns of an answer under the names of Answer
@@ -36,6 +43,7 @@ COLUMNS = (
     completion.c.request_messages.label("messages"),
     completion.c.response,
     completion.c.origin,
+    completion.c.finish_reason,
 )
 
 
@@ -57,7 +65,7 @@ def answers(connection: sa.Connection, ids: Iterable[str]) -> dict[str, Answer]:
 
 def answer_of(row: sa.Row[Any]) -> Answer:
     """The answer in a row that has COLUMNS and completion_id."""
-    names = ("prompt_ids", "response_ids", "messages", "response", "model_hash", "origin")
+    names = ("prompt_ids", "response_ids", "messages", "response", "model_hash", "origin", "finish_reason")
     return Answer(id=row.completion_id, **{name: getattr(row, name) for name in names})
 
 
@@ -114,9 +122,11 @@ def pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 def trainable(row: Mapping[str, Any], about: Sequence[Answer]) -> bool:
     """Whether the token ids of a row can be learned from. about: all its answers.
 
-    They cannot when a server by URL answered (its token ids are of who knows which tokenizer, if it tells any), when models
-    of two tokenizers answered, or when two answers that are compared are one.
+    They cannot when an answer has none that the model reads (a server by URL tells ids of who knows which tokenizer, if any),
+    when models of two tokenizers answered, or when two answers that are compared are one.
     """
     same = row["kind"] == "comparison" and row["chosen_ids"] == row["rejected_ids"]
-    told = bool(row["prompt_ids"]) and all(answer.response_ids and answer.origin == "decoder" for answer in about)
+    told = bool(row["prompt_ids"]) and all(
+        answer.response_ids and (answer.ours or answer.origin == "decoder") for answer in about
+    )
     return told and not same and all(answer.prompt_ids == row["prompt_ids"] for answer in about)

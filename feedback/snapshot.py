@@ -11,24 +11,29 @@ from typing import Any
 
 from feedback.batches import Opinion
 from feedback.opinions import canonical, sha256
+from feedback.retelling import Retelling
 from feedback.store import Store
 
 
-def write_snapshot(store: Store, manifest: dict[str, Any], folder: Path, heldout_percent: int) -> dict[str, Any]:
+def write_snapshot(
+    store: Store, manifest: dict[str, Any], folder: Path, heldout_percent: int, retell: Retelling | None = None
+) -> dict[str, Any]:
     """Write the files of a snapshot into `folder`; returns the summary.
+
+    retell: for answers that came from elsewhere; without it they are not learned from.
 
     - opinions.train.jsonl, opinions.heldout.jsonl: thumbs, comparisons and rankings as models.opinions reads them. The
       prompt decides the file: `heldout_percent` of all prompts, 0 to 100, are held out, and each that an expert judged. Two
       people who say the same of the same answer make two equal lines: the weight of opinion is data.
     - conversations.jsonl: answers that people wrote themselves, after the messages they answer, as curated conversations.
     - prompts.jsonl: what people asked (not simulated ones) and then had an opinion about, as curated prompts.
-    - summary.json: how many of each.
+    - summary.json: how many of each; tokenised: rows whose token ids were made of text; unreadable: opinions left out.
     Equal opinions give equal bytes, whatever their ids, times and order. Raises ValueError when the manifest does not fit
     the database.
     """
     if not 0 <= heldout_percent <= 100:
         raise ValueError(f"params.yaml: snapshot.heldout_percent must be 0 to 100, not {heldout_percent}")
-    opinions = list(store.opinions(manifest))
+    opinions = list(store.opinions(manifest, retell) if retell else store.opinions(manifest))
     judged = {sha256(opinion.messages) for opinion in opinions if opinion.kind == "expert"}
     files: dict[str, list[bytes]] = {"opinions.train": [], "opinions.heldout": []}
     written: dict[str, set[bytes]] = {"conversations": set(), "prompts": set()}
@@ -47,13 +52,15 @@ def write_snapshot(store: Store, manifest: dict[str, Any], folder: Path, heldout
             split = "heldout" if held else "train"
             files[f"opinions.{split}"].append(canonical(row_of(opinion)))
             counts.update((split, f"{split}.{said(opinion)}"))
+            counts["tokenised"] += opinion.lesson.get("tokenised", False)
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in {**files, **written}.items():
         write(folder / f"{name}.jsonl", b"".join(line + b"\n" for line in sorted(lines)))
     counts.update({name: len(lines) for name, lines in written.items()})
     splits = [f"{split}{what}" for split in ("train", "heldout") for what in ("", ".up", ".down", *SEVERAL)]
-    keys = (*splits, "conversations", "prompts", "unreadable")
-    summary = {"batches": len(manifest["batches"]), **dict.fromkeys(keys, 0), **counts}
+    keys = (*splits, "conversations", "prompts", "unreadable", "tokenised")
+    left_out = {f"unreadable.{reason}": number for reason, number in retell.left_out.items()} if retell else {}
+    summary = {"batches": len(manifest["batches"]), **dict.fromkeys(keys, 0), **counts, **left_out}
     write(folder / "summary.json", (json.dumps(summary, sort_keys=True, indent=2) + "\n").encode())
     return summary
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from feedback import batches, completions, erasure, opinions, promotions
 from feedback.batches import Batch, Opinion, Pending
 from feedback.erasure import Erasure
+from feedback.lessons import Answer
 from feedback.opinions import Event, Vote
 from feedback.promotions import Promotion, StaleChampion
 
@@ -254,14 +255,17 @@ class Store:
         with self.read() as connection:
             return batches.manifest(connection)
 
-    def opinions(self, manifest: dict[str, Any]) -> Iterator[Opinion]:
+    def opinions(
+        self, manifest: dict[str, Any], retell: Callable[[Answer], Answer] = lambda answer: answer
+    ) -> Iterator[Opinion]:
         """The opinions that the manifest's batches accepted, each in its newest state up to the manifest's end.
 
-        Those that no longer stand by then (retracted, 0, quarantined) are left out. Raises ValueError when a batch of
-        the manifest is not in this database, or differs from it.
+        retell: gives token ids to answers that have none that serve (retelling.py). Those that no longer stand by then
+        (retracted, 0, quarantined) are left out. Raises ValueError when a batch of the manifest is not in this database,
+        or differs from it.
         """
         with self.read() as connection:
-            yield from batches.opinions(connection, manifest)
+            yield from batches.opinions(connection, manifest, retell)
 
     # erasure
 

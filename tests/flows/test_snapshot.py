@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flows import snapshot
 from models.job import Job
 
 
-def opinion(store: Store, number: int, value: int) -> None:
+def opinion(store: Store, number: int, value: int, **values: Any) -> None:
     """An answer and a thumb on it."""
     answer = Completion(
         id=f"chatcmpl-{number}",
@@ -32,6 +33,7 @@ def opinion(store: Store, number: int, value: int) -> None:
         status="complete",
         finish_reason="stop",
     )
+    answer = replace(answer, **values)
     with store.write() as connection:
         completions.insert(connection, answer)
     store.vote(Vote(completion_id=answer.id, subject="rater", value=value, source="simulated"))
@@ -41,7 +43,7 @@ def run(root: Path, name: str, percent: int = 20) -> Path:
     job = Job(
         stage="snapshot",
         root=root,
-        deps=("feedback.manifest.json",),
+        deps=("feedback.manifest.json", "artifacts/sft/model"),
         output=root / name,
         work=root / "work",
         params={"snapshot": {"heldout_percent": percent}},
@@ -107,3 +109,46 @@ def test_a_manifest_that_does_not_fit_is_refused(root: Path) -> None:
     (root / "feedback.manifest.json").write_text("[]")
     with pytest.raises(ValueError, match=r"feedback\.manifest\.json is no manifest"):
         run(root, "broken")
+
+
+def test_answers_from_elsewhere_are_tokenised_as_the_sft_model_reads_them(root: Path) -> None:
+    from models.tokenizer import Tokenizer
+
+    folder = root / "artifacts/sft/model"
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer.train(["hello there how are you", "fine thank you"] * 9, 300)
+    tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 40}))
+    user, assistant, end = (tokenizer.special[name] for name in ("<|user|>", "<|assistant|>", "<|end|>"))
+    asked = [{"role": "user", "content": "how are you"}]
+    prompt = [user, *tokenizer.encode("how are you"), end, assistant]
+    ours = [*tokenizer.encode("fine"), end]
+    store = Store(f"sqlite:///{root / '.thumbwheel' / 'feedback.db'}")
+    unread = {"request_messages": asked, "prompt_token_ids": [], "response_token_ids": [], "response_logprobs": []}
+    elsewhere = {"request_messages": asked, "prompt_token_ids": [5], "response_token_ids": [6], "response_logprobs": []}
+    same = {"request_messages": asked, "prompt_token_ids": prompt, "response_token_ids": ours, "response_logprobs": []}
+    cases: list[dict[str, Any]] = [
+        {**unread, "origin": "import", "response": "fine thank you"},
+        {**elsewhere, "origin": "remote", "response": "fine you", "finish_reason": "length"},
+        {**same, "origin": "remote", "response": "fine"},
+        {**unread, "origin": "import", "response": "you " * 50},
+        {**unread, "origin": "import", "response": "x", "request_messages": [{"role": "robot", "content": "x"}]},
+    ]
+    for number, values in enumerate(cases, 100):
+        opinion(store, number, 1, **values)
+    assert store.open_batch() is not None
+    (root / "feedback.manifest.json").write_text(json.dumps(store.manifest()))
+    store.close()
+    out = run(root, "out", 0)
+    rows = {row["response"]: row for row in lines(out / "opinions.train.jsonl") if row["messages"] == asked}
+    assert set(rows) == {"fine thank you", "fine you", "fine"}
+    assert {tuple(row["prompt_ids"]) for row in rows.values()} == {tuple(prompt)}
+    assert rows["fine thank you"]["response_ids"] == [*tokenizer.encode("fine thank you"), end]
+    assert rows["fine you"]["response_ids"] == tokenizer.encode("fine you")  # it was cut off: no stop token
+    assert rows["fine"]["response_ids"] == ours
+    assert [rows[text].get("tokenised") for text in ("fine thank you", "fine you", "fine")] == [True, True, None]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["train"], summary["tokenised"], summary["unreadable"]) == (43, 2, 2)
+    assert (summary["unreadable.too_long"], summary["unreadable.no_template"]) == (1, 1)
+    sampled = [row for row in lines(out / "opinions.train.jsonl") if row["messages"] != asked]
+    assert {(tuple(row["prompt_ids"]), tuple(row["response_ids"])) for row in sampled} == {((1, 2), (3, 4))}
