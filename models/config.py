@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -135,11 +136,11 @@ class ModelConfig(ModelOptions):
         embedding = 0 if self.tie_word_embeddings else self.vocab_size * d
         return self.matrix_weights() + embedding + self.num_hidden_layers * vectors + d
 
-    def training_flops(self, length: float) -> float:
-        """Floating-point operations of forward and backward for one token in a sequence of `length` tokens.
+    def training_flops(self, lengths: Sequence[int]) -> float:
+        """Floating-point operations of forward and backward for sequences of these lengths.
 
-        6 a weight of the matrices and 12·layers·heads·head_dim·length of attention (Chowdhery et al. 2022, appendix B, which
-        counts attention as if it were not causal).
+        A token takes 6 a weight of the matrices, and 12·layers·heads·head_dim·length of attention (Chowdhery et al. 2022,
+        appendix B, which counts attention as if it were not causal).
         """
-        attention = 12.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * length
-        return 6.0 * self.matrix_weights() + attention
+        attention = 12.0 * self.num_hidden_layers * self.num_attention_heads * self.head_dim
+        return 6.0 * self.matrix_weights() * sum(lengths) + attention * sum(length * length for length in lengths)

@@ -83,7 +83,7 @@ class GpuMeter:
 
     def read(self, flops: float) -> dict[str, float]:
         """Since the last reading, in which `flops` operations were done that the model needs: gpu/mfu (share of the peak),
-        gpu/memory_gb (the most so far), gpu/watts; and gpu/joules since this process began."""
+        gpu/watts; gpu/memory_gb, the most so far; gpu/joules since this process began."""
         if not self.on:
             return {}
         torch.cuda.synchronize()

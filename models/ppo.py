@@ -229,6 +229,7 @@ def run(job: Job) -> dict[str, Any]:
         # 2. the updates
         row |= updater.update(rollout, job.seed, iteration)
         training.skipped += updater.skipped
+        training.computed(flops(models, rollout, options))
         # 3. the KL controller
         if options.kl_target is not None:
             beta = adapt_kl(beta, row["objective/kl"], options.kl_target, options.batch_size, options.kl_horizon)
@@ -246,6 +247,14 @@ def run(job: Job) -> dict[str, Any]:
     policy = whole(models.policy, lambda: sampler)
     policy.compute = PLAIN  # what is measured is measured in fp32
     return save(job, policy, tokenizer, training, lora) if ranks.first else {}
+
+
+def flops(models: Models, rollout: Rollout, options: PPOOptions) -> float:
+    """Operations of an iteration: the answers are sampled, then read by policy, reference, reward model and a critic of its
+    own (each forward alone, a third of a training step); policy and critic learn from them, `epochs` times."""
+    lengths = [len(p) + len(a.ids) for p, a in zip(rollout.prompts, rollout.answers, strict=True)]
+    networks = 2 if options.critic == "own" else 1
+    return models.policy.config.training_flops(lengths) * ((3 + networks) / 3 + options.epochs * networks)
 
 
 def blank(job: Job, lora: LoraOptions) -> Transformer:

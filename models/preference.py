@@ -214,6 +214,7 @@ def learn(
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, shape="linear")
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
+        training.computed(policy.config.training_flops([method.tokens(i) for i in chosen]))
         seen += len(chosen)
         # 4. records
         done = step + 1

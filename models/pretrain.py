@@ -125,6 +125,7 @@ def run(job: Job) -> dict[str, Any]:
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
+        training.computed(config.training_flops([length] * options.batch_size))
         seen += options.batch_size * length
         # 4. records
         done = step + 1

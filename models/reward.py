@@ -297,6 +297,7 @@ def run(job: Job) -> dict[str, Any]:
         rate = learning_rate(step, steps, options.learning_rate, options.warmup_steps, floor=0.0)
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
+        training.computed(model.trunk.config.training_flops([rated.tokens() for rated in batch]))
         seen += sum(len(rated.answers) for rated in batch)
         # 4. records
         done = step + 1

@@ -156,11 +156,12 @@ def run(job: Job) -> dict[str, Any]:
             loss = sft_loss(model, batch, count) * weight
             (loss * ranks.size).backward()
             total += loss.detach()
-        seen += sum(int(data.offsets[i + 1] - data.offsets[i]) - 1 for i in chosen)
+        seen += int(lengths[chosen].sum()) - len(chosen)
         # 3. the step
         rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_steps)
         norm, taken = optimizer.step(rate, options.clip_norm)
         training.skipped += not taken
+        training.computed(model.config.training_flops((lengths[chosen] - 1).tolist()))
         # 4. records
         done = step + 1
         if training.logs(done):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.distributed import gather, load_module, wait
+from models.gpu import GpuMeter
 from models.job import Job
 from models.memory import rehearse
 
@@ -135,6 +136,7 @@ class Training:
         self.numbers: dict[str, float] = {}
         self.rows: list[dict[str, float]] = []
         self.timing: list[dict[str, float]] = []
+        self.meter, self.flops = GpuMeter(job.device), 0.0
         self.checkpoints = Checkpoints(job.work / "checkpoints")
         state = self._load()
         if state is not None:
@@ -182,10 +184,19 @@ class Training:
         """Whether the step that makes `done` steps is one that the curve shows."""
         return done % self.options.log_every == 0 or done == self.steps
 
+    def computed(self, flops: float) -> None:
+        """Count what the steps of all processes needed (ModelConfig.training_flops), for the GPU's utilisation."""
+        self.flops += flops
+
     def log(self, done: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
-        """Put a point on the curve. `timing` differs from run to run: it is reported but not written to curves.csv."""
+        """Put a point on the curve. `timing` differs from run to run: it is reported but not written to curves.csv.
+
+        On a GPU it gets the GPU's figures since the point before (models.gpu).
+        """
         self.rows.append({"step": done, **metrics})
-        self.timing.append(dict(timing))
+        timing = {**timing, **self.meter.read(self.flops / self.job.ranks.size)}
+        self.flops = 0.0
+        self.timing.append(timing)
         self.job.log(done, self.steps, {**metrics, **timing})
 
     def checkpoint(self, done: int) -> None:

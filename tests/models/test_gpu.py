@@ -89,7 +89,9 @@ def test_operations_of_a_token_by_hand() -> None:
     )
     layer = 768 * (768 + 2 * 256) + 768 * 768 + 3 * 768 * 2048
     assert config.matrix_weights() == 12 * layer + 50304 * 768
-    assert config.training_flops(1024) == 6 * (12 * layer + 50304 * 768) + 12 * 12 * 768 * 1024
+    token = 6 * (12 * layer + 50304 * 768) + 12 * 12 * 768 * 1024
+    assert config.training_flops([1024]) == 1024 * token
+    assert config.training_flops([1, 1024]) == 1024 * token + 6 * (12 * layer + 50304 * 768) + 12 * 12 * 768
     assert config.parameter_count() == config.matrix_weights() + 50304 * 768 + 12 * 2 * 768 + 768
 
 
