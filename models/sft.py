@@ -142,7 +142,8 @@ def run(job: Job) -> dict[str, Any]:
     training = Training(job, options, options.steps, {"model": learned, "optimizer": optimizer})
     model.train()
 
-    fullest, parts = training.fullest(np.diff(data.offsets).tolist(), options.batch_size, most)
+    lengths = np.diff(data.offsets)
+    fullest, parts = training.fullest(lengths.tolist(), options.batch_size, most)
     largest, _ = next(micro_batches(data, fullest, most, job.device, ranks))
     rows = largest.layout.rows
     what = f"sft: {rows} conversations of {len(largest.tokens)} tokens together"

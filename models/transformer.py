@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.compute import PLAIN, arithmetic
 from models.config import ModelConfig
+from models.elementwise import RMSNorm, swiglu
 from models.layout import Layout, attend
 from models.rope import rotate, tables
 
@@ -34,8 +35,8 @@ class Attention(nn.Module):
         outer = self.heads * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, outer + 2 * self.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(outer, config.hidden_size, bias=config.o_bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projections [N, (H + 2K)·D] → normalised and rotated q [N, H, D] and k [N, K, D], v [N, K, D]."""
@@ -78,8 +79,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
 
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
         self.attention_norm = norm()
         self.attention = Attention(config, layer)
@@ -90,9 +91,8 @@ class Block(nn.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def mlp(self, x: Tensor) -> Tensor:
-        """SwiGLU (Shazeer 2020): x [N, d] → [N, d]."""
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        """SwiGLU: x [N, d] → [N, d]."""
+        return self.down(swiglu(self.gate_up(self.mlp_norm(x))))
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, rows: Tensor | None = None
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         self.compute = PLAIN
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.make_tables()
 
