@@ -74,9 +74,7 @@ class Comparisons:
 
     def loss(self, policy: Transformer, mine: Sequence[int], count: int) -> tuple[Tensor, Shares]:
         """The sum of the loss of the pairs `mine` divided by `count`, and their shares of figures."""
-        rows = [
-            answer for i in mine for answer in self.pairs[i]
-        ]  # better, worse, better, …: neighbours share their prompt
+        rows = [answer for i in mine for answer in self.pairs[i]]  # better and worse are neighbours, who share a prompt
         o, logp = self.options, self.answers.logprobs(policy, rows)
         lengths = self.answers.lengths(rows).to(logp.device)
         ratios = logp - self.answers.references(rows).to(logp.device)

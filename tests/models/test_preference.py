@@ -25,10 +25,13 @@ from models.preference import (
     answer_logprobs,
     find_pairs,
     heldout_pairs,
+    sample,
 )
 from models.ptx import add_ptx_gradient, check_ptx
 from models.ranks import Ranks
+from models.reward import RewardModel
 from models.rollout import sequence_logprobs
+from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 OPINIONS = [
@@ -251,9 +254,12 @@ def test_kto_of_a_batch_by_hand(model: Transformer) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_parts_of_a_batch_add_up_to_its_gradient_and_figures(model: Transformer, size: int) -> None:
-    policy, chosen = moved(model), [0, 1, 2]
+    policy, rated = moved(model), [0, 1, 2]
+    with_kl = Thumbs(model, OPINIONS, KTOOptions(), seed=1)
+    while with_kl.kl(policy, [(rated, 1.0)], 3) <= 0:  # else a KL of too few thumbs would be 0 as well
+        rated = [i + 1 for i in rated]
     keeping = DPOOptions(beta=0.3, chosen_coefficient=0.7, label_smoothing=0.1)
-    for method in (Comparisons(model, OPINIONS, keeping), Thumbs(model, OPINIONS, KTOOptions(), seed=1)):
+    for method, chosen in ((Comparisons(model, OPINIONS, keeping), [0, 1, 2]), (with_kl, rated)):
         policy.zero_grad()
         loss, stats = whole_loss(method, policy, chosen)
         loss.backward()
@@ -324,6 +330,15 @@ def test_accuracy_on_heldout_pairs_counts_what_the_log_ratios_order_rightly(mode
     assert found["pair_accuracy"] == pytest.approx(sum(ratio[b] > ratio[w] for b, w in pairs) / 3)
     assert found["pair_accuracy_low"] < found["pair_accuracy_high"]
     assert heldout_pairs(policy, model, OPINIONS[1:2]) == {}
+
+
+def test_a_policy_that_is_the_reference_has_no_distance_from_it(model: Transformer, tokenizer: Tokenizer) -> None:
+    prompts = Sequences(np.arange(20, 28), np.zeros(8, dtype=bool), np.array([0, 3, 8]))
+    judge = RewardModel(model).initialize(torch.Generator().manual_seed(2)).eval()
+    options = PreferenceOptions(samples=2, max_new_tokens=4)
+    assert sample(model, model, judge, prompts, tokenizer, options, 1)["objective_kl"] == pytest.approx(0, abs=1e-4)
+    away = sample(moved(model, 0.1), model, judge, prompts, tokenizer, options, 1)
+    assert away["objective_kl"] > 1
 
 
 @pytest.mark.parametrize(

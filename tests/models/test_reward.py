@@ -1,5 +1,6 @@
 """The reward model's terms by hand, what it reads of people's opinions, and how it is judged and kept."""
 
+import csv
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from models.reward import (
     thumb_losses,
 )
 from models.tokenizer import Tokenizer
+from models.training import torch_generator
 from models.transformer import Transformer
 
 
@@ -328,6 +330,11 @@ def test_held_out_pairs_are_counted_by_hand(judge: RewardModel, tokenizer: Token
     assert "accuracy" not in metrics, "there was no thumb to learn"
     metrics = evaluate(judge, [thumbs], [thumbs], tokenizer)
     assert (metrics["heldout"], metrics["rated"], metrics["pair_accuracy"]) == (3, 3, 1.0)
+    ups = [Rated([5], answers, [1, 1, 1])]  # a thumb up is foretold where r + b is above 0, wherever r itself is
+    for offset, accuracy in ((-r[worst] + 0.01, 1.0), (-r[best] - 0.01, 0.0)):
+        with torch.no_grad():
+            judge.offset.fill_(offset)
+        assert evaluate(judge, ups, ups, tokenizer)["accuracy"] == accuracy
 
 
 def test_a_reward_model_learns_from_preferences_alone_and_resumes_bit_for_bit(
@@ -354,6 +361,40 @@ def test_a_reward_model_learns_from_preferences_alone_and_resumes_bit_for_bit(
         run_stage(tmp_path, "reward", tmp_path / "again", params, killed_after=5)
     again, _ = run_stage(tmp_path, "reward", tmp_path / "again", params)
     assert model_hash(again / "model") == model_hash(whole / "model")
+
+
+def test_the_stages_loss_is_the_mean_over_its_whole_batch(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    params = {"reward": {"epochs": 1, "batch_size": 99, "log_every": 1}}
+    output, _ = run_stage(tmp_path, "reward", tmp_path / "work", params)
+    with (output / "curves.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    fresh = RewardModel(model).initialize(torch_generator(3, "reward head"))
+    opinions = read_opinions(tmp_path / "artifacts/snapshot/opinions.train.jsonl")
+    loss, _ = batch_loss(fresh, opinions, RewardOptions())
+    assert float(row["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "kto"])
+def test_a_stage_in_micro_batches_learns_the_same(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path, stage: str
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    options = {"epochs": 1, "batch_size": 6, "log_every": 1, "learning_rate": 1e-4, "warmup_steps": 0}
+    options |= {} if stage == "reward" else {"samples": 2, "max_new_tokens": 2, "ptx_conversations": 1}
+    curves = []
+    for size in (None, 2):
+        output, _ = run_stage(tmp_path, stage, tmp_path / str(size), {stage: options | {"micro_batch": size}})
+        with (output / "curves.csv").open() as file:
+            curves.append(
+                [{k: float(v) for k, v in row.items() if v and "accuracy" not in k} for row in csv.DictReader(file)]
+            )
+    for one, other in zip(*curves, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, not 0"):
+        run_stage(tmp_path, stage, tmp_path / "none", {stage: options | {"micro_batch": 0}})
 
 
 def test_baselines_find_what_they_can_see() -> None:
