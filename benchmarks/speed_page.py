@@ -43,7 +43,7 @@ SAME = """## What is alike and what is not
   elsewhere it is never sampled.
 - **Defaults**: the peers run as they document, so TRL computes activations twice (gradient checkpointing is its default).
   The rows that say "gradient checkpointing off" show how much of the gain that alone would give TRL's users; they have no
-  bar. The one default not kept is bf16, which slows a CPU without bf16 units several times.
+  bar. The one default not kept is bf16: both sides compute in fp32 (without bf16 units a CPU is several times slower in it).
 - **Allocator**: our stages ask glibc's malloc to keep large blocks (`models/allocator.py`), as every run of ours does; the
   peers run with malloc's defaults. A user of theirs could set the same.
 - **Optimizer**: AdamW on both sides. Ours clips the gradient's norm in every stage, as transformers' Trainer and TRL's SFT
@@ -51,8 +51,8 @@ SAME = """## What is alike and what is not
 - **Generation**: sampling at temperature 1 without filters; ours also returns the log-probability of each token.
 - **PPO**: batch {batch}, prompts of 8 to 64 tokens, up to {new} new ones, {epochs} epochs of {minibatches} minibatches,
   policy, reference, reward model and critic of one size, learning rate {rate:g} so that answers keep their length. TRL 1.12
-  and ours step once a minibatch. **Beside TRL 0.11.4, whose critic is a head on the policy, ours trains a critic of its
-  own**: twice the networks in the update.
+  and ours step once a minibatch. Beside TRL 0.11.4, whose critic is a head on the policy, ours runs with
+  `ppo.critic: shared`, which is the same.
 - **Peak memory** is the process's greatest resident size from start to the end of the measured part, libraries included."""
 
 LIMITS = """## Limits
