@@ -145,6 +145,16 @@ def fastest_threads() -> int:
     return cores if together < 0.9 * alone else 1
 
 
+def use_threads(threads: int) -> None:
+    """Compute with so many threads in this process: torch, and numpy's BLAS, which decodes and has threads of its own."""
+    import numpy  # noqa: F401 (its BLAS must be loaded to be told)
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(threads)
+    threadpool_limits(threads, user_api="blas")
+
+
 def _stored(root: Path) -> dict[str, str | int]:
     try:
         return json.loads((root / ".thumbwheel" / "machine.json").read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from typing import Any
 from flows import files, pipeline
 from flows.child import CODE, TRAINING, run_child
 from flows.environment import environment
-from flows.machine import Machine, machine
+from flows.machine import Machine, machine, use_threads
 from flows.pipeline import Look
 from flows.progress import Progress
 from flows.workspace import hold, writer
@@ -207,9 +207,7 @@ def _run_body(seen: Look, root: Path, here: Machine, work: Path, lock: int, emit
         log_path = root / ".thumbwheel" / "logs" / f"{seen.name}.log"
         return run_child(spec, command=body.command, work=work, log=log_path, emit=emit, lock=lock)
     if any(path.startswith("models/") and path != "models/job.py" for path in seen.deps):
-        import torch
-
-        torch.set_num_threads(here.threads)
+        use_threads(here.threads)
     job = Job(seen.name, root, tuple(seen.deps), output, work, seen.params, here.device, here.threads, emit)
     return dict(importlib.import_module(body.module).run(job))
 

@@ -20,6 +20,10 @@ from pathlib import Path
 
 import pytest
 
+# Before numpy and torch are loaded: two test processes on two cores, whose threads would else wait for each other by
+# spinning. A small model's stage took 10 s instead of 1 so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def postgres_program(name: str) -> str | None:
     """Path of one of PostgreSQL's programs, wherever the system keeps it, or None."""
