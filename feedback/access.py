@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from feedback import errors, keys, sessions
@@ -34,7 +34,7 @@ log = logging.getLogger("thumbwheel")
 OPEN = "open"
 # the one place where routes say what they need; what is not listed needs the scope admin, and a test fails
 ROUTES: dict[tuple[str, str], str] = {
-    ("GET", "/"): OPEN,
+    ("GET", "/"): "chat",
     ("GET", "/assets/{name}"): OPEN,
     ("GET", "/signin"): OPEN,
     ("POST", "/signin"): OPEN,
@@ -67,6 +67,8 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/v1/moderation/{feedback_id}"): "moderate",
     ("GET", "/v1/audit"): "admin",
 }
+# the pages of the navigation in its order, each with its name in words/frame.json (page_NAME)
+PAGES = {"/": "chat"}
 OF_ONE_ANSWER = "/v1/feedback/{completion_id}/"  # where a feedback token opens the door
 FORMS = ("/signin", "/signout")  # work without JavaScript; their handlers check the token in the form
 SAFE = ("GET", "HEAD", "OPTIONS")
@@ -120,6 +122,16 @@ def needed(method: str, path: str) -> tuple[str, str]:
     return "admin", ""
 
 
+def opens_page(scope: Scope) -> bool:
+    """Whether a request is a person's who opens one of the PAGES."""
+    return scope["method"] == "GET" and scope["path"] in PAGES
+
+
+def first_page(caller: Caller) -> str:
+    """Where somebody goes who may not open the page that they asked for: to the first that they may, or to sign in."""
+    return next((path for path in PAGES if ROUTES["GET", path] in caller.scopes), "/signin")
+
+
 class Guard:
     """Before every route: limits, who asks, whether they may, and whether another site's page made them ask."""
 
@@ -161,6 +173,8 @@ class Guard:
             self.refuse_other_sites(caller, headers, scope["path"])
         if need == OPEN or need in caller.scopes:
             return caller
+        if opens_page(scope) and caller.kind == "session":
+            raise Denied(RedirectResponse(first_page(caller), 303, headers={"Cache-Control": "no-store"}))
         if caller.kind == "key" or caller.key:
             raise Denied(errors.error(403, "insufficient_scope", f"this key lacks the scope {need!r}"))
         text = f"this needs an API key with the scope {need!r}: send it as 'Authorization: Bearer tw_…'"
@@ -180,10 +194,11 @@ class Guard:
         session = sessions.unpack(self.state.service.identity, cookie(headers))
         if local:
             return Caller("local", frozenset(SCOPES), None, session)
-        if session is None:
-            return Caller("session", frozenset())
+        visitor = frozenset(self.settings.visitor_scopes)
+        if session is None:  # a page gives them one
+            return Caller("session", visitor if opens_page(scope) else frozenset())
         key = None if session.key_id == sessions.NO_KEY else await self.by_number(session.key_id)
-        return Caller("session", key.scopes if key else frozenset(self.settings.visitor_scopes), key, session)
+        return Caller("session", key.scopes if key else visitor, key, session)
 
     async def bearer(self, given: str, address: str) -> Caller:
         """The caller with an Authorization header."""

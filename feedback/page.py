@@ -1,41 +1,60 @@
-"""The chat page: one template, one stylesheet, one script, nothing from elsewhere; in English and in Chinese."""
+"""What all pages have in common: words in two languages, the navigation, the session, the policy, forms, and their files.
+
+A page is a template that extends base.html, its words in pages/words/NAME.json, a handler that returns render(), and a line
+in access.PAGES if it belongs in the navigation. Nothing comes from elsewhere, and no script stands in the HTML.
+"""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
+from urllib.parse import parse_qs
 
-from fastapi import APIRouter, HTTPException, Query, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feedback import sessions
-from feedback.access import Caller
+from feedback.access import PAGES, ROUTES, Caller
+from feedback.opinions import Refused
 
 router = APIRouter(include_in_schema=False)
-PAGES = Path(__file__).parent / "pages"
-ASSETS = {"chat.css": "text/css", "chat.js": "text/javascript", "icon.svg": "image/svg+xml"}
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+FOLDER = Path(__file__).parent / "pages"
+TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+ASSETS = {path.name: TYPES[path.suffix] for path in FOLDER.iterdir() if path.suffix in TYPES}
 SAFETY = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers say Origin: null of our own forms
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 LANGUAGES = ("en", "zh")
-pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined)
-words: dict[str, dict[str, str]] = json.loads((PAGES / "words.json").read_text(encoding="utf-8"))
+LANGUAGE_COOKIE = "thumbwheel_language"
+YEAR = 365 * 86400
+templates = Environment(
+    loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def language(asked: str | None, accepted: str) -> str:
-    """The page's language: what ?lang= asks for, else the first of Accept-Language that we speak, else English."""
-    if asked in LANGUAGES:
-        return asked
+@cache
+def words(name: str, lang: str) -> dict[str, str]:
+    """The frame's words and those of one page."""
+    found: dict[str, str] = {}
+    for part in ("frame", name):
+        found |= json.loads((FOLDER / "words" / f"{part}.json").read_text(encoding="utf-8"))[lang]
+    return found
+
+
+def language(asked: str | None, kept: str | None, accepted: str) -> str:
+    """The page's language: what ?lang= asks for, else what was asked for before, else the first of Accept-Language that
+    we speak, else English."""
+    for wish in (asked, kept):
+        if wish in LANGUAGES:
+            return wish
     weighed = []
     for place, part in enumerate(accepted.split(",")):
         name, _, weight = part.strip().partition(";q=")
@@ -46,21 +65,50 @@ def language(asked: str | None, accepted: str) -> str:
     return next((name for _, _, name in sorted(weighed) if name in LANGUAGES), "en")
 
 
-@router.get("/")
-async def page(request: Request, lang: Annotated[Literal["en", "zh"] | None, Query()] = None) -> Response:
-    """The page; gives a new visitor a session. Who may not chat here is sent to sign in."""
+def spoken(request: Request) -> str:
+    """The language to answer this request in."""
+    asked, kept = request.query_params.get("lang"), request.cookies.get(LANGUAGE_COOKIE)
+    return language(asked, kept, request.headers.get("accept-language", ""))
+
+
+def navigation(request: Request) -> list[dict[str, Any]]:
+    """The pages that this caller may open."""
+    scopes = request.state.caller.scopes
+    here = request.url.path
+    return [
+        {"path": path, "name": name, "here": path == here}
+        for path, name in PAGES.items()
+        if ROUTES["GET", path] in scopes
+    ]
+
+
+def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
+    """A page, with its words (those named like the template), the navigation and the token for its forms.
+
+    Somebody without a session gets one. Values are escaped by the template; what scripts need goes into data attributes.
+    """
     caller: Caller = request.state.caller
-    newcomer = caller.kind == "session" and caller.session is None
-    may = request.app.state.service.settings.visitor_scopes if newcomer else caller.scopes
-    if "chat" not in may:
-        return RedirectResponse("/signin", 303, headers={"Cache-Control": "no-store"})
-    spoken = language(lang, request.headers.get("accept-language", ""))
-    html = pages.get_template("chat.html").render(
-        lang=spoken, words=words[spoken], script_words=json.dumps(words[spoken])
+    lang = spoken(request)
+    session = caller.session or sessions.fresh()
+    told = words(template.removesuffix(".html"), lang)
+    other = request.url.include_query_params(lang="en" if lang == "zh" else "zh")
+    html = templates.get_template(template).render(
+        lang=lang,
+        words=told,
+        script_words=json.dumps(told),
+        navigation=navigation(request),
+        csrf_token=sessions.csrf_token(request.app.state.service.identity, session),
+        signed_in=session.key_id != sessions.NO_KEY,
+        other_language=f"?{other.query}",
+        **values,
     )
-    response = HTMLResponse(html, headers={**SAFETY, "Cache-Control": "no-store", "Vary": "Accept-Language"})
+    headers = {**SAFETY, "Cache-Control": "no-store", "Vary": "Accept-Language, Cookie"}
+    response = HTMLResponse(html, status, headers=headers)
     if caller.session is None:
-        give_session(request, response, sessions.fresh())
+        give_session(request, response, session)
+    if request.query_params.get("lang") == lang:
+        secure = request.url.scheme == "https"
+        response.set_cookie(LANGUAGE_COOKIE, lang, max_age=YEAR, httponly=True, samesite="lax", secure=secure)
     return response
 
 
@@ -69,9 +117,26 @@ def give_session(request: Request, response: Response, session: sessions.Session
     sessions.put_cookie(response, request.app.state.service.identity, session, request.url.scheme == "https")
 
 
+async def read_form(request: Request) -> dict[str, str]:
+    """The fields of a form that a page of this session posts; of a name given twice, the first.
+
+    Raises Refused 400 for what is no form, 403 for one that another site made up.
+    """
+    try:
+        fields = parse_qs((await request.body()).decode(), keep_blank_values=True, max_num_fields=100)
+    except ValueError as problem:
+        raise Refused(400, "invalid_request", "the form cannot be read") from problem
+    form = {name: values[0] for name, values in fields.items()}
+    session = request.state.caller.session
+    identity = request.app.state.service.identity
+    if session is None or not sessions.csrf_holds(identity, session, form.get("csrf_token")):
+        raise Refused(403, "cross_site_request", "this form is not of your session: open the page again")
+    return form
+
+
 @router.get("/assets/{name}")
 async def asset(name: str) -> Response:
-    """One of the page's files."""
+    """One of the pages' files."""
     if name not in ASSETS:
         raise HTTPException(404, f"there is no file {name}")
-    return FileResponse(PAGES / name, media_type=ASSETS[name], headers={**SAFETY, "Cache-Control": "no-cache"})
+    return FileResponse(FOLDER / name, media_type=ASSETS[name], headers={**SAFETY, "Cache-Control": "no-cache"})

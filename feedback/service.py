@@ -3,8 +3,8 @@
     python -m feedback.service --host 127.0.0.1 --port 8000 --database-url URL --models-root DIR --threads 1
 
 2xx means committed. On loopback it asks nobody for a key; elsewhere it does, and does not start before there is one
-(access.py, settings.py). Handlers stand in chat.py (answers), votes.py (thumbs), moderation.py, page.py (the chat page) and
-signin.py; this file holds them together.
+(access.py, settings.py). Handlers stand in chat.py (answers), votes.py (thumbs), moderation.py, page.py (what all pages
+share), chat_page.py and signin.py; this file holds them together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from feedback import chat, downloads, errors, keys, moderation, page, signin, votes
+from feedback import chat, chat_page, downloads, errors, keys, moderation, page, signin, votes
 from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
@@ -108,6 +108,7 @@ def create_app(
     app.include_router(moderation.router)
     app.include_router(measured)
     app.include_router(page.router)
+    app.include_router(chat_page.router)
     app.include_router(signin.router)
     add_health(app)
     return app

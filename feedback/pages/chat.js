@@ -1,8 +1,7 @@
 // The chat page. Text of people and of models only ever becomes textContent, never markup.
-"use strict";
+import { call, copy, lang, newKey, say, words } from "/assets/site.js";
 
-const words = JSON.parse(document.body.dataset.words);
-const log = document.getElementById("log");
+const log = document.getElementById("main");
 const welcome = document.getElementById("welcome");
 const form = document.getElementById("ask");
 const box = document.getElementById("text");
@@ -15,12 +14,7 @@ let conversation = kept() || fresh();
 let running = null;
 
 function fresh() {
-  return { id: key().slice(0, 32), turns: [] };
-}
-
-function key() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return { id: newKey(), turns: [] };
 }
 
 function kept() {
@@ -33,10 +27,6 @@ function kept() {
 
 function keep() {
   sessionStorage.setItem(KEPT, JSON.stringify(conversation));
-}
-
-function copy(name) {
-  return document.getElementById(name).content.firstElementChild.cloneNode(true);
 }
 
 function add(element) {
@@ -83,17 +73,11 @@ function press(element, value) {
   element.querySelector(".down").setAttribute("aria-pressed", String(value === -1));
 }
 
-function say(element, state, text) {
-  const label = element.querySelector(".state");
-  label.className = "state " + state;
-  label.textContent = text;
-}
-
 // A second click on the same thumb takes it back. One request a time; the last choice wins.
 function choose(element, turn, value) {
   const chosen = turn.wanted === undefined ? turn.thumb || 0 : turn.wanted;
   turn.wanted = chosen === value ? 0 : value;
-  turn.key = key();
+  turn.key = newKey();
   press(element, turn.wanted);
   keep();
   save(element, turn);
@@ -103,23 +87,24 @@ async function save(element, turn) {
   if (turn.saving) return;
   turn.saving = true;
   const retry = element.querySelector(".retry");
+  const line = element.querySelector(".state");
   retry.hidden = true;
   let failed = false;
   while (turn.wanted !== undefined && !failed) {
     const wanted = turn.wanted;
     const sent = turn.key;
-    say(element, "", words.saving);
+    say(line, "", words.saving);
     failed = !(await deliver(turn, wanted, sent));
     if (!failed && turn.key === sent) {
       turn.thumb = wanted;
       delete turn.wanted;
       keep();
-      say(element, "saved", wanted === 0 ? words.removed : words.saved);
+      say(line, "saved", wanted === 0 ? words.removed : words.saved);
     }
   }
   turn.saving = false;
   if (failed) {
-    say(element, "failed", words.not_saved);
+    say(line, "failed", words.not_saved);
     retry.hidden = false;
     retry.onclick = () => save(element, turn);
   }
@@ -129,22 +114,13 @@ async function save(element, turn) {
 async function deliver(turn, value, sent) {
   const url = "/v1/feedback/" + encodeURIComponent(turn.completion) + "/thumb";
   const headers = { "Idempotency-Key": sent, "X-Thumbwheel-Feedback-Token": turn.token };
-  const thumb = { value, source: "human_user", channel: "page", locale: document.documentElement.lang };
-  const request =
-    value === 0
-      ? { method: "DELETE", headers }
-      : { method: "PUT", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(thumb) };
-  for (const pause of [0, 400, 1200]) {
-    if (pause) await new Promise((done) => setTimeout(done, pause));
-    try {
-      const response = await fetch(url, request);
-      if (response.ok) return true;
-      if (response.status < 500) return false;
-    } catch {
-      continue;
-    }
+  const thumb = { value, source: "human_user", channel: "page", locale: lang };
+  try {
+    await (value === 0 ? call("DELETE", url, undefined, headers) : call("PUT", url, thumb, headers));
+    return true;
+  } catch {
+    return false;
   }
-  return false;
 }
 
 async function refreshThumb(element, turn) {

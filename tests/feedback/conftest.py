@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,6 +24,15 @@ from feedback.service import create_app
 from feedback.store import Store
 
 Answer = Callable[..., str]
+LAUNCH = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @pytest.fixture
@@ -193,3 +204,42 @@ def server(two_models: tuple[Path, str, str], tmp_path_factory: pytest.TempPathF
     server.crown(first)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")  # not the session: as long as it runs, asyncio.run fails in this thread
+def browser() -> Iterator[Any]:
+    """A chromium of the system."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("chromium is not installed (apt-get install chromium): the pages are NOT tested here")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(LAUNCH))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a URL as somebody new, with options of a browser's context (viewport, locale, java_script_enabled, cookies…).
+    Whatever the page asked for, and complained about or said in a dialog, stands in page.requested and page.complaints."""
+    contexts = []
+
+    def open_page(url: str, *, cookies: list[Any] | None = None, **options: Any) -> Any:
+        context = browser.new_context(**{"locale": "en-US", **options})
+        contexts.append(context)
+        if cookies:
+            context.add_cookies(cookies)
+        page = context.new_page()
+        page.requested, page.complaints = [], []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.on("console", lambda line: line.type in ("error", "warning") and page.complaints.append(line.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()

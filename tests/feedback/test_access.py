@@ -15,7 +15,7 @@ from fastapi.routing import iter_route_contexts
 from starlette.testclient import TestClient
 
 from feedback import access, keys, sessions
-from feedback.access import OPEN, ROUTES
+from feedback.access import OPEN, PAGES, ROUTES
 from feedback.engine import DecoderEngine
 from feedback.identity import Identity
 from feedback.limits import BUCKETS, Buckets, address_name
@@ -93,7 +93,11 @@ def test_each_route_refuses_every_wrong_scope_and_nobody_in_particular(start: Op
         if needed == OPEN:
             assert client.request(method, path).status_code != 401, (method, path)
             continue
-        assert code(client.request(method, path)) == (401, "invalid_api_key")
+        nobody = client.request(method, path)
+        if method == "GET" and path in PAGES:
+            assert (nobody.status_code, nobody.headers["location"]) == (303, "/signin")
+        else:
+            assert code(nobody) == (401, "invalid_api_key")
         for scope, header in only.items():
             response = client.request(method, path, headers=header)
             if scope == needed:

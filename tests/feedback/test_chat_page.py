@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +13,12 @@ import pytest
 from feedback.page import language
 
 pytestmark = pytest.mark.browser
-LAUNCH = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A chromium of the system."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("chromium is not installed (apt-get install chromium): the chat page is NOT tested here")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(LAUNCH))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
-def page(browser: Any, server: Any) -> Iterator[Any]:
-    """The page, open; whatever it asked for or complained about stands in page.requested and page.complaints."""
-    context = browser.new_context(locale="en-US", viewport={"width": 1100, "height": 820})
-    page = context.new_page()
-    page.requested, page.complaints = [], []
-    page.on("request", lambda request: page.requested.append(request.url))
-    page.on("console", lambda line: line.type in ("error", "warning") and page.complaints.append(line.text))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (page.complaints.append(dialog.message), dialog.dismiss()))
-    page.goto(server.url)
-    yield page
-    context.close()
+def page(visit: Any, server: Any) -> Any:
+    """The chat page, open."""
+    return visit(server.url, viewport={"width": 1100, "height": 820})
 
 
 def ask(page: Any, text: str) -> Any:
@@ -187,10 +153,11 @@ def test_pictures_for_the_documentation(page: Any) -> None:
 
 
 def test_the_language_follows_what_is_asked_and_accepted() -> None:
-    assert language("zh", "en") == "zh"
-    assert language(None, "zh-CN,zh;q=0.9,en;q=0.8") == "zh"
-    assert language(None, "fr, zh;q=0.2, en;q=0.7") == "en"
-    assert language(None, "") == "en" and language("xx", "zh") == "zh" and language(None, "zh;q=x") == "en"
+    assert language("zh", "en", "en") == "zh"
+    assert language(None, "zh", "en") == "zh" and language("xx", "yy", "zh") == "zh"
+    assert language(None, None, "zh-CN,zh;q=0.9,en;q=0.8") == "zh"
+    assert language(None, None, "fr, zh;q=0.2, en;q=0.7") == "en"
+    assert language(None, None, "") == "en" and language(None, None, "zh;q=x") == "en"
 
 
 def test_the_page_has_a_strict_policy_and_its_cookie_cannot_be_read_by_scripts(server: Any) -> None:
@@ -200,7 +167,8 @@ def test_the_page_has_a_strict_policy_and_its_cookie_cannot_be_read_by_scripts(s
     cookie = response.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=lax" in cookie and "secure" not in cookie
     assert httpx.get(server.url + "/assets/../service.py").status_code == 404
-    assert httpx.get(server.url + "/assets/words.json").status_code == 404
+    for name in ("chat.html", "words", "words/chat.json", "words%2fchat.json"):
+        assert httpx.get(f"{server.url}/assets/{name}").status_code == 404
 
 
 def test_sign_in_with_a_key_then_ask_and_rate_without_javascript_for_the_form(
