@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from parrot import ParrotServer
 
 from feedback import completions
 from feedback.completions import Completion
@@ -204,6 +205,18 @@ def server(two_models: tuple[Path, str, str], tmp_path_factory: pytest.TempPathF
     server.crown(first)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service on SQLite before a server that says again what it was told (parrot.py), for pages."""
+    upstream = ParrotServer()
+    folder = tmp_path_factory.mktemp("parrot")
+    server = Server(f"sqlite:///{folder}/feedback.db", folder / "models", {"THUMBWHEEL_ENGINE_URL": upstream.url})
+    server.wait_for("/readyz")
+    yield server
+    server.close()
+    upstream.close()
 
 
 @pytest.fixture(scope="module")  # not the session: as long as it runs, asyncio.run fails in this thread

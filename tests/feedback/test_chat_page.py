@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from injections import INJECTIONS, harmless
 
 from feedback.page import language
 
@@ -92,23 +93,18 @@ def test_it_says_saved_only_after_the_server_did_and_tries_again_with_the_same_k
     assert held == ["Saving…"]
 
 
-def test_nothing_that_a_user_writes_runs(page: Any, server: Any) -> None:
-    attacks = [
-        "<script>alert(1)</script>",
-        "<img src=x onerror=alert(2)>",
-        "<svg/onload=alert(3)>",
-        "</div></template><iframe srcdoc='<script>alert(4)</script>'>",
-        "javascript:alert(5)",
-    ]
-    for attack in attacks:
+def test_nothing_that_a_user_or_a_model_writes_runs(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    for start in range(0, len(INJECTIONS), 12):
         page.get_by_role("button", name="New chat").click()
-        ask(page, attack)
-        assert page.locator(".mine .text").inner_text() == attack
+        for place, attack in enumerate(INJECTIONS[start : start + 12]):
+            ask(page, attack)
+            assert page.locator(".mine .text").nth(place).text_content() == attack.strip()
+        harmless(page, parrot.url)
         page.reload()
-        page.locator(".mine").wait_for()
-        assert page.locator(".mine .text").inner_text() == attack
-        assert page.locator("main script, main iframe, main svg, main img:not(.face):not([width='72'])").count() == 0
-    assert page.complaints == []
+        page.locator(".theirs").nth(place).wait_for()
+        assert page.locator(".mine .text").nth(place).text_content() == attack.strip()
+        harmless(page, parrot.url)
     blocked = page.evaluate(
         "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';"
         " document.body.append(s); return window.ran === undefined }"
