@@ -35,6 +35,11 @@ OPEN = "open"
 # the one place where routes say what they need; what is not listed needs the scope admin, and a test fails
 ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/"): "chat",
+    ("GET", "/plain"): "chat",
+    ("POST", "/plain"): "chat",
+    ("POST", "/plain/thumb"): "rate",
+    ("GET", "/you"): "rate",
+    ("POST", "/you/withdraw"): "rate",
     ("GET", "/assets/{name}"): OPEN,
     ("GET", "/signin"): OPEN,
     ("POST", "/signin"): OPEN,
@@ -67,10 +72,20 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/v1/moderation/{feedback_id}"): "moderate",
     ("GET", "/v1/audit"): "admin",
 }
-# the pages of the navigation in its order, each with its name in words/frame.json (page_NAME)
-PAGES = {"/": "chat"}
+# pages, in the order of the navigation, with their names in words/frame.json (page_NAME); nameless ones stand in none
+PAGES = {
+    "/": "chat",
+    "/plain": "",
+    "/you": "you",
+}
 OF_ONE_ANSWER = "/v1/feedback/{completion_id}/"  # where a feedback token opens the door
-FORMS = ("/signin", "/signout")  # work without JavaScript; their handlers check the token in the form
+FORMS = (
+    "/signin",
+    "/signout",
+    "/plain",
+    "/plain/thumb",
+    "/you/withdraw",
+)  # work without JavaScript; their handlers check the token in the form
 SAFE = ("GET", "HEAD", "OPTIONS")
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
 TOKEN = "x-thumbwheel-feedback-token"
@@ -129,7 +144,7 @@ def opens_page(scope: Scope) -> bool:
 
 def first_page(caller: Caller) -> str:
     """Where somebody goes who may not open the page that they asked for: to the first that they may, or to sign in."""
-    return next((path for path in PAGES if ROUTES["GET", path] in caller.scopes), "/signin")
+    return next((path for path, name in PAGES.items() if name and ROUTES["GET", path] in caller.scopes), "/signin")
 
 
 class Guard:

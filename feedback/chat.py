@@ -193,10 +193,16 @@ def ending(done: Done, started: float) -> dict[str, Any]:
 
 
 async def answer(service: Any, body: ChatRequest, draft: Completion) -> Response:
-    """Ask the engine; whole answers are written once, streamed ones before their first byte and at their end."""
+    """Answer whole, or streamed."""
     await known_parent(service, draft)
     if body.stream:
         return await stream(service, body, draft)
+    completion, tokens = await complete(service, body, draft)
+    return JSONResponse(whole(completion, tokens), headers=headers(service, completion))
+
+
+async def complete(service: Any, body: ChatRequest, draft: Completion) -> tuple[Completion, Sequence[Token]]:
+    """Ask the engine, and commit the whole answer before anybody sees it."""
     started = time.perf_counter()
     async for message in service.engine.answer(ask_of(body, draft, False)):
         if isinstance(message, Done):
@@ -204,7 +210,7 @@ async def answer(service: Any, body: ChatRequest, draft: Completion) -> Response
             completion = replace(draft, prompt_token_ids=message.prompt_ids, **columns)
             await service.writer.put(partial(completions.insert, completion=completion))
             service.metrics.answered(completion)
-            return JSONResponse(whole(completion, message.tokens), headers=headers(service, completion))
+            return completion, message.tokens
     raise EngineError("engine_stopped", "the engine ended without an answer")
 
 

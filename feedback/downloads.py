@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -103,10 +103,14 @@ async def delete_me(request: Request, user: User = None) -> JSONResponse:
     caller = request.state.caller
     if user is None and caller.session is None:
         raise Refused(422, "user_required", "user: say whose data to erase; a key or this machine speaks for many")
-    subject = speaker(request, user)
-    service = request.app.state.service
-    done = await service.writer.put(partial(erasure.erase, subject=subject))
-    await asyncio.to_thread(service.store.scrub)
+    done = await erase(request.app.state.service, speaker(request, user))
     counts = {"completions": done.completions, "opinions": done.opinions} if done else {"completions": 0, "opinions": 0}
     batches = done.batches if done else []
     return JSONResponse({"object": "erasure", "id": done.id if done else None, **counts, "batches": batches})
+
+
+async def erase(service: Any, subject: str) -> erasure.Erasure | None:
+    """Erase a person, to the last byte; None when there was nothing of theirs."""
+    done = await service.writer.put(partial(erasure.erase, subject=subject))
+    await asyncio.to_thread(service.store.scrub)
+    return cast(erasure.Erasure | None, done)

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from feedback import sessions
 from feedback.access import PAGES, ROUTES, Caller
 from feedback.opinions import Refused
+from feedback.votes import speaker
 
 router = APIRouter(include_in_schema=False)
 FOLDER = Path(__file__).parent / "pages"
@@ -71,32 +72,32 @@ def spoken(request: Request) -> str:
     return language(asked, kept, request.headers.get("accept-language", ""))
 
 
-def navigation(request: Request) -> list[dict[str, Any]]:
-    """The pages that this caller may open."""
+def navigation(request: Request, here: str) -> list[dict[str, Any]]:
+    """The pages that this caller may open; here: the name of the one that they are on."""
     scopes = request.state.caller.scopes
-    here = request.url.path
     return [
-        {"path": path, "name": name, "here": path == here}
+        {"path": path, "name": name, "here": name == here}
         for path, name in PAGES.items()
-        if ROUTES["GET", path] in scopes
+        if name and ROUTES["GET", path] in scopes
     ]
 
 
-def render(request: Request, template: str, status: int = 200, **values: Any) -> Response:
-    """A page, with its words (those named like the template), the navigation and the token for its forms.
+def render(request: Request, template: str, status: int = 200, *, vocabulary: str = "", **values: Any) -> Response:
+    """A page, with its words (of `vocabulary`, else of the template's name), the navigation and the token for its forms.
 
     Somebody without a session gets one. Values are escaped by the template; what scripts need goes into data attributes.
     """
     caller: Caller = request.state.caller
     lang = spoken(request)
     session = caller.session or sessions.fresh()
-    told = words(template.removesuffix(".html"), lang)
+    name = vocabulary or template.removesuffix(".html")
+    told = words(name, lang)
     other = request.url.include_query_params(lang="en" if lang == "zh" else "zh")
     html = templates.get_template(template).render(
         lang=lang,
         words=told,
         script_words=json.dumps(told),
-        navigation=navigation(request),
+        navigation=navigation(request, name),
         csrf_token=sessions.csrf_token(request.app.state.service.identity, session),
         signed_in=session.key_id != sessions.NO_KEY,
         other_language=f"?{other.query}",
@@ -117,10 +118,17 @@ def give_session(request: Request, response: Response, session: sessions.Session
     sessions.put_cookie(response, request.app.state.service.identity, session, request.url.scheme == "https")
 
 
+def person(request: Request) -> str:
+    """The subject of whoever sits before a page; nobody's, while the page has not given them a session."""
+    caller: Caller = request.state.caller
+    return speaker(request, None) if caller.session or caller.kind == "key" else ""
+
+
 async def read_form(request: Request) -> dict[str, str]:
     """The fields of a form that a page of this session posts; of a name given twice, the first.
 
-    Raises Refused 400 for what is no form, 403 for one that another site made up.
+    Raises Refused 400 for what is no form, 403 for one that another site made up; no browser sends a key by itself, so
+    who brings one needs no session.
     """
     try:
         fields = parse_qs((await request.body()).decode(), keep_blank_values=True, max_num_fields=100)
@@ -129,6 +137,8 @@ async def read_form(request: Request) -> dict[str, str]:
     form = {name: values[0] for name, values in fields.items()}
     session = request.state.caller.session
     identity = request.app.state.service.identity
+    if request.state.caller.kind == "key":
+        return form
     if session is None or not sessions.csrf_holds(identity, session, form.get("csrf_token")):
         raise Refused(403, "cross_site_request", "this form is not of your session: open the page again")
     return form

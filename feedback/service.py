@@ -4,7 +4,7 @@
 
 2xx means committed. On loopback it asks nobody for a key; elsewhere it does, and does not start before there is one
 (access.py, settings.py). Handlers stand in chat.py (answers), votes.py (thumbs), moderation.py, page.py (what all pages
-share), chat_page.py and signin.py; this file holds them together.
+share), chat_page.py, you_page.py and signin.py; this file holds them together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from feedback import chat, chat_page, downloads, errors, keys, moderation, page, signin, votes
+from feedback import chat, chat_page, downloads, errors, keys, moderation, page, signin, votes, you_page
 from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
@@ -109,6 +109,7 @@ def create_app(
     app.include_router(measured)
     app.include_router(page.router)
     app.include_router(chat_page.router)
+    app.include_router(you_page.router)
     app.include_router(signin.router)
     add_health(app)
     return app

@@ -1,7 +1,11 @@
-// The chat page. Text of people and of models only ever becomes textContent, never markup.
-import { call, copy, lang, newKey, say, words } from "/assets/site.js";
+// The chat page: the conversation, asking, and what is kept of it for a reload.
+import { copy, newKey, words } from "/assets/site.js";
+import { Answer } from "/assets/answer.js";
+import { Comparison, coin } from "/assets/compare.js";
+import { listen, showHelp } from "/assets/keys.js";
 
-const log = document.getElementById("main");
+const main = document.getElementById("main");
+const log = document.getElementById("log");
 const welcome = document.getElementById("welcome");
 const form = document.getElementById("ask");
 const box = document.getElementById("text");
@@ -9,7 +13,8 @@ const send = document.getElementById("send");
 const modelLabel = document.getElementById("model");
 const KEPT = "thumbwheel.conversation";
 
-// {id, turns: [{question, answer, completion, token, model, thumb}]}; kept for this tab, so that a reload shows it again
+// {id, turns: [{question, answer, completion, token, model, start, thumb, edit, rival, …}]}; kept for this tab, so that a
+// reload shows it again. start: the first of the turns that the answer's model was told.
 let conversation = kept() || fresh();
 let running = null;
 
@@ -19,7 +24,8 @@ function fresh() {
 
 function kept() {
   try {
-    return JSON.parse(sessionStorage.getItem(KEPT));
+    const found = JSON.parse(sessionStorage.getItem(KEPT));
+    return found.turns.every((turn) => Number.isInteger(turn.start)) ? found : null;
   } catch {
     return null;
   }
@@ -29,190 +35,118 @@ function keep() {
   sessionStorage.setItem(KEPT, JSON.stringify(conversation));
 }
 
+// Change what is shown, and stay at the end if that is where the reader is.
+function follow(change) {
+  const near = main.scrollHeight - main.scrollTop - main.clientHeight < 120;
+  change();
+  if (near) main.scrollTop = main.scrollHeight;
+}
+
 function add(element) {
   welcome.hidden = true;
-  const near = log.scrollHeight - log.scrollTop - log.clientHeight < 120;
-  log.append(element);
-  if (near) log.scrollTop = log.scrollHeight;
-  return element;
+  follow(() => log.append(element));
 }
 
-function follow(change) {
-  const near = log.scrollHeight - log.scrollTop - log.clientHeight < 120;
-  change();
-  if (near) log.scrollTop = log.scrollHeight;
-}
-
-function showQuestion(text) {
-  const element = add(copy("question"));
-  element.querySelector(".text").textContent = text;
-}
-
-function showAnswer(turn) {
-  const element = add(copy("answer"));
-  element.querySelector(".text").textContent = turn.answer || "";
-  if (turn.completion) offerThumbs(element, turn);
-  return element;
-}
-
-// thumbs
-
-function offerThumbs(element, turn) {
-  const thumbs = element.querySelector(".thumbs");
-  const up = element.querySelector(".up");
-  const down = element.querySelector(".down");
-  element.querySelector(".version").textContent = turn.model.slice(0, 12);
-  thumbs.hidden = false;
-  press(element, turn.thumb || 0);
-  up.addEventListener("click", () => choose(element, turn, 1));
-  down.addEventListener("click", () => choose(element, turn, -1));
-}
-
-function press(element, value) {
-  element.querySelector(".up").setAttribute("aria-pressed", String(value === 1));
-  element.querySelector(".down").setAttribute("aria-pressed", String(value === -1));
-}
-
-// A second click on the same thumb takes it back. One request a time; the last choice wins.
-function choose(element, turn, value) {
-  const chosen = turn.wanted === undefined ? turn.thumb || 0 : turn.wanted;
-  turn.wanted = chosen === value ? 0 : value;
-  turn.key = newKey();
-  press(element, turn.wanted);
-  keep();
-  save(element, turn);
-}
-
-async function save(element, turn) {
-  if (turn.saving) return;
-  turn.saving = true;
-  const retry = element.querySelector(".retry");
-  const line = element.querySelector(".state");
-  retry.hidden = true;
-  let failed = false;
-  while (turn.wanted !== undefined && !failed) {
-    const wanted = turn.wanted;
-    const sent = turn.key;
-    say(line, "", words.saving);
-    failed = !(await deliver(turn, wanted, sent));
-    if (!failed && turn.key === sent) {
-      turn.thumb = wanted;
-      delete turn.wanted;
-      keep();
-      say(line, "saved", wanted === 0 ? words.removed : words.saved);
-    }
+function showTurn(turn) {
+  const element = copy("question");
+  element.querySelector(".text").textContent = turn.question;
+  add(element);
+  if (turn.rival) {
+    showComparison(turn).offer();
+    return null;
   }
-  turn.saving = false;
-  if (failed) {
-    say(line, "failed", words.not_saved);
-    retry.hidden = false;
-    retry.onclick = () => save(element, turn);
-  }
+  const answer = new Answer(turn, keep, () => another(answer));
+  add(answer.element);
+  if (turn.completion) answer.offer();
+  return answer;
 }
 
-// True only when the server said that it is committed. The same key each time: a repetition changes nothing.
-async function deliver(turn, value, sent) {
-  const url = "/v1/feedback/" + encodeURIComponent(turn.completion) + "/thumb";
-  const headers = { "Idempotency-Key": sent, "X-Thumbwheel-Feedback-Token": turn.token };
-  const thumb = { value, source: "human_user", channel: "page", locale: lang };
-  try {
-    await (value === 0 ? call("DELETE", url, undefined, headers) : call("PUT", url, thumb, headers));
-    return true;
-  } catch {
-    return false;
-  }
-}
-
-async function refreshThumb(element, turn) {
-  try {
-    const url = "/v1/feedback/" + encodeURIComponent(turn.completion) + "/thumb";
-    const response = await fetch(url, { headers: { "X-Thumbwheel-Feedback-Token": turn.token } });
-    if (!response.ok && response.status !== 404) return;
-    const said = response.ok ? await response.json() : { retracted: true };
-    turn.thumb = said.retracted ? 0 : said.value;
-    press(element, turn.wanted === undefined ? turn.thumb : turn.wanted);
-    keep();
-  } catch {
-    return;
-  }
-}
-
-// answers
+// asking
 
 function messages(turns, question) {
-  const past = turns.filter((turn) => turn.completion);
-  const said = past.flatMap((turn) => [
+  const said = turns.flatMap((turn) => [
     { role: "user", content: turn.question },
     { role: "assistant", content: turn.answer },
   ]);
   return [...said, { role: "user", content: question }];
 }
 
-async function ask(question) {
-  const turns = conversation.turns.slice(-20);
-  const turn = { question, answer: "" };
-  showQuestion(question);
-  const element = showAnswer(turn);
-  element.classList.add("waiting");
-  conversation.turns.push(turn);
+// Run `work` with a signal that the send button gives: Stop.
+async function stoppable(work) {
   running = new AbortController();
   send.textContent = words.stop;
   try {
-    await answer(element, turn, turns, running.signal);
-  } catch (error) {
-    const stopped = error.name === "AbortError";
-    const text = element.querySelector(".text");
-    if (!stopped) text.classList.add("failed");
-    const problem = stopped ? words.stopped : words.failed + " " + error.message;
-    text.textContent = turn.answer ? turn.answer + "\n— " + problem : problem;
-    conversation.turns.pop();
+    return await work(running.signal);
+  } finally {
+    running = null;
+    send.textContent = words.send;
+    keep();
   }
-  element.classList.remove("waiting");
-  running = null;
-  send.textContent = words.send;
-  keep();
 }
 
-async function answer(element, turn, turns, signal) {
+async function ask(question) {
+  settle();
+  for (const element of log.querySelectorAll(".theirs")) element.answer.showWhy(false);
+  const turn = { question, answer: "", start: Math.max(0, conversation.turns.length - 20) };
+  const answer = showTurn(turn);
+  answer.waiting(true);
+  try {
+    await stoppable(async (signal) => {
+      await stream(turn, {}, turn, (text) => follow(() => answer.write(text)), signal);
+      conversation.turns.push(turn);
+    });
+    follow(() => answer.offer());
+    showModel(turn.model);
+  } catch (error) {
+    follow(() => answer.fail(problem(error)));
+  }
+  answer.waiting(false);
+}
+
+function problem(error) {
+  return error.name === "AbortError" ? words.stopped : words.failed + " " + error.message;
+}
+
+// Ask for the answer to a turn's question and put it into `into`, telling write() the text so far. Of what is too long for
+// the model, the first half of the turns is forgotten.
+async function stream(turn, extra, into, write, signal) {
   let response;
   for (;;) {
+    const before = conversation.turns.slice(turn.start).filter((other) => other !== turn);
     response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ messages: messages(turns, turn.question), stream: true, conversation: conversation.id }),
+      body: JSON.stringify({ messages: messages(before, turn.question), stream: true, conversation: conversation.id, ...extra }),
       signal,
     });
     if (response.ok) break;
-    const problem = (await response.json()).error;
-    if (problem.code !== "context_length_exceeded" || turns.length === 0) throw new Error(problem.message);
-    turns = turns.slice(Math.ceil(turns.length / 2));
+    const told = (await response.json()).error;
+    if (told.code !== "context_length_exceeded" || before.length === 0 || extra.parent) throw new Error(told.message);
+    turn.start += Math.ceil(before.length / 2);
     noteOnce();
   }
-  const text = element.querySelector(".text");
   let finished = null;
   for await (const event of events(response.body)) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices[0];
     if (choice && choice.delta.content) {
-      turn.answer += choice.delta.content;
-      follow(() => (text.textContent = turn.answer));
+      into.answer += choice.delta.content;
+      write(into.answer);
     }
     if (choice && choice.finish_reason) finished = event;
   }
   if (!finished) throw new Error(words.stopped);
-  turn.completion = finished.id;
-  turn.token = response.headers.get("X-Thumbwheel-Feedback-Token");
-  turn.model = finished.system_fingerprint;
-  follow(() => offerThumbs(element, turn));
-  showModel(turn.model);
+  into.completion = finished.id;
+  into.token = response.headers.get("X-Thumbwheel-Feedback-Token");
+  into.model = finished.system_fingerprint;
 }
 
 function noteOnce() {
-  if (document.querySelector(".note")) return;
+  if (log.querySelector(".note")) return;
   const note = document.createElement("p");
   note.className = "note";
   note.textContent = words.shortened;
-  add(note);
+  follow(() => log.lastElementChild.before(note));
 }
 
 async function* events(body) {
@@ -229,6 +163,51 @@ async function* events(body) {
       yield JSON.parse(data);
     }
   }
+}
+
+// two answers side by side
+
+function showComparison(turn) {
+  const comparison = new Comparison(turn, keep, settle);
+  add(comparison.element);
+  return comparison;
+}
+
+// Another answer to the newest question, to compare with the one that is there.
+async function another(answer) {
+  const turn = conversation.turns.at(-1);
+  if (running || turn !== answer.turn) return;
+  turn.rival = { answer: "" };
+  turn.swapped = coin();
+  answer.element.remove();
+  const comparison = showComparison(turn);
+  comparison.element.setAttribute("aria-busy", "true");
+  comparison.element.focus();
+  try {
+    await stoppable((signal) =>
+      stream(turn, { parent: turn.completion }, turn.rival, (text) => follow(() => comparison.write(text)), signal),
+    );
+    follow(() => comparison.offer());
+  } catch (error) {
+    const first = settle();
+    if (first) first.fail(problem(error)); // else the person went on already
+  }
+}
+
+// Go on with the chosen answer of an open comparison, or with the first.
+function settle() {
+  const turn = conversation.turns.at(-1);
+  const open = log.querySelector(".compare");
+  if (!open) return null;
+  if (running) running.abort();
+  const settled = Comparison.settle(turn);
+  conversation.turns[conversation.turns.length - 1] = settled;
+  const answer = new Answer(settled, keep, () => another(answer));
+  const had = open.contains(document.activeElement);
+  open.replaceWith(answer.element);
+  answer.offer();
+  if (had) answer.element.focus();
+  return answer;
 }
 
 // the rest of the page
@@ -253,47 +232,81 @@ function grow() {
   box.style.height = box.scrollHeight + "px";
 }
 
+function startAnew() {
+  if (running) running.abort();
+  conversation = fresh();
+  keep();
+  log.replaceChildren();
+  welcome.hidden = false;
+  box.focus();
+}
+
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (running) {
     running.abort();
     return;
   }
-  const question = box.value.trim();
+  const suggested = event.submitter && event.submitter.name === "suggestion" ? event.submitter.value : "";
+  const question = suggested || box.value.trim();
   if (!question) return;
-  box.value = "";
+  if (!suggested) box.value = "";
   grow();
   ask(question);
 });
 
 box.addEventListener("input", grow);
 box.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.isComposing) return;
+  if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();
-    if (!running) form.requestSubmit();
+    if (!running) form.requestSubmit(send);
   }
+  if (event.key === "Escape") focusOn(0);
 });
 
-for (const button of document.querySelectorAll(".suggestion")) {
-  button.addEventListener("click", () => running || ask(button.textContent));
+// keys act on the answer that has the focus, else on the newest
+function current() {
+  const shown = [...log.querySelectorAll(".theirs, .compare")];
+  const at = shown.findIndex((element) => element.contains(document.activeElement));
+  return { shown, at: at < 0 ? shown.length - 1 : at };
 }
 
-document.getElementById("new").addEventListener("click", () => {
-  if (running) running.abort();
-  conversation = fresh();
-  keep();
-  for (const element of log.querySelectorAll(".turn, .note")) element.remove();
-  welcome.hidden = false;
-  box.focus();
+function focusOn(step) {
+  const { shown, at } = current();
+  const next = shown[Math.max(0, Math.min(shown.length - 1, at + step))];
+  if (next) next.focus();
+}
+
+function press(selector) {
+  const { shown, at } = current();
+  const button = at < 0 ? null : shown[at].querySelector(selector);
+  if (button && button.checkVisibility() && !button.disabled) button.click();
+}
+
+listen({
+  u: () => press(".up"),
+  d: () => press(".down"),
+  z: () => press(".undo"),
+  r: () => press(".again"),
+  e: () => press(".better"),
+  j: () => focusOn(1),
+  k: () => focusOn(-1),
+  1: () => press('.choose[data-choice="left"]'),
+  2: () => press('.choose[data-choice="right"]'),
+  3: () => press('.choose[data-choice="tie"]'),
+  n: startAnew,
+  "/": () => box.focus(),
+  "?": showHelp,
 });
+document.getElementById("new").addEventListener("click", startAnew);
+document.getElementById("help").addEventListener("click", showHelp);
+for (const name of ["model", "new", "help"]) document.getElementById(name).hidden = false;
 
 for (const turn of conversation.turns) {
-  const rated = "thumb" in turn || "wanted" in turn;
-  delete turn.saving;
-  delete turn.wanted; // whether it arrived before the reload, the server knows
-  showQuestion(turn.question);
-  const element = showAnswer(turn);
-  if (rated) refreshThumb(element, turn);
+  if (turn.rival && !turn.rival.completion) Object.assign(turn, { rival: undefined, verdict: undefined });
+  const answer = showTurn(turn);
+  if (answer) answer.refresh();
 }
 watchModel();
 box.focus();

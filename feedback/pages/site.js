@@ -16,7 +16,7 @@ export function copy(name) {
 
 // The line of a form that says how it stands: "", "saved" or "failed".
 export function say(line, state, text) {
-  line.className = "state " + state;
+  for (const name of ["saved", "failed"]) line.classList.toggle(name, name === state);
   line.textContent = text;
 }
 

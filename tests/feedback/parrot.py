@@ -1,6 +1,6 @@
 """A server of OpenAI's chat completions that says again what it was told: for pages, where what is answered must be known.
 
-"answer N times: TEXT" is answered with "N. TEXT", counting up, so that two answers to one question differ; a question that
+"answer N times: TEXT" is answered with "No. N: TEXT", counting up, so that two answers to one question differ; a question that
 begins with "slowly" is answered word by word, with a pause of 50 ms after each.
 """
 
@@ -42,7 +42,7 @@ class Parrot(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         wish = body["messages"][-1]["content"]
         _, counted, rest = wish.partition("answer N times: ")
-        text = f"{next(self.numbers)}. {rest}" if counted else wish
+        text = f"No. {next(self.numbers)}: {rest}" if counted else wish
         if not body.get("stream"):
             message = {"role": "assistant", "content": text}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}

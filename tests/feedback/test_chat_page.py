@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from chatting import ask, pressed, wait_for_state
 from injections import INJECTIONS, harmless
 
 from feedback.page import language
@@ -20,25 +21,6 @@ pytestmark = pytest.mark.browser
 def page(visit: Any, server: Any) -> Any:
     """The chat page, open."""
     return visit(server.url, viewport={"width": 1100, "height": 820})
-
-
-def ask(page: Any, text: str) -> Any:
-    """Ask by keyboard; returns the answer's element when it is complete."""
-    before = page.locator(".thumbs:visible").count()
-    page.get_by_label("Write a message").fill(text)
-    page.keyboard.press("Enter")
-    page.locator(".thumbs:visible").nth(before).wait_for()
-    return page.locator(".theirs").nth(before)
-
-
-def pressed(answer: Any) -> list[str]:
-    """aria-pressed of 👍 and of 👎."""
-    return [answer.locator(name).get_attribute("aria-pressed") for name in (".up", ".down")]
-
-
-def wait_for_state(answer: Any, text: str) -> None:
-    """Until the line beside the thumbs says `text`."""
-    answer.locator(".state", has_text=text).wait_for()
 
 
 def test_ask_thumb_up_toggle_take_back_and_reload(page: Any, server: Any) -> None:
@@ -81,7 +63,7 @@ def test_it_says_saved_only_after_the_server_did_and_tries_again_with_the_same_k
         if len(keys) <= 3:
             route.abort()
         else:
-            held.append(answer.locator(".state").inner_text())
+            held.append(answer.locator(".tools .state").inner_text())
             route.continue_()
 
     page.route("**/thumb", lose)
@@ -93,23 +75,208 @@ def test_it_says_saved_only_after_the_server_did_and_tries_again_with_the_same_k
     assert held == ["Saving…"]
 
 
+def newest(server: Any, kind: str = "thumb") -> Any:
+    """The newest event about opinions of a kind."""
+    return [event for event in server.store.events(0, 100_000) if event.payload["kind"] == kind][-1]
+
+
+def test_undo_takes_the_vote_back_and_what_was_never_kept_needs_no_taking_back(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    answer = ask(page, "hello")
+    assert not answer.get_by_role("button", name="Undo").is_visible()
+    answer.locator(".down").click()
+    wait_for_state(answer, "Saved")
+    answer.get_by_role("button", name="Undo").click()
+    wait_for_state(answer, "Taken back")
+    assert pressed(answer) == ["false", "false"] and not answer.get_by_role("button", name="Undo").is_visible()
+    event = newest(parrot)
+    assert (event.op, event.payload["value"], event.payload["retracted"]) == ("retract", -1, True)
+    page.route("**/thumb", lambda route: route.abort())
+    answer = ask(page, "hello again")
+    answer.locator(".up").click()
+    wait_for_state(answer, "Not saved.")
+    page.unroute("**/thumb")
+    answer.get_by_role("button", name="Undo").click()
+    wait_for_state(answer, "Taken back")
+    assert newest(parrot).seq == event.seq
+
+
+def test_reasons_and_a_comment_keep_the_thumb_and_are_codes_in_every_language(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url, locale="zh-CN")
+    answer = ask(page, "你好")
+    answer.locator(".up").click()
+    wait_for_state(answer, "已保存")
+    answer.get_by_role("button", name="有帮助").click()
+    answer.get_by_role("button", name="写得好").click()
+    answer.get_by_placeholder("还想说点什么").fill("  <b>不错</b>  ")
+    answer.get_by_role("button", name="保存").click()
+    page.wait_for_function("document.querySelector('.tools .saved') && !document.querySelector('.retry:not([hidden])')")
+    chips = answer.get_by_role("group", name="好在哪里？").get_by_role("button")
+    assert [chip.get_attribute("aria-pressed") for chip in chips.all()] == ["false", "true", "false", "true", "false"]
+    said = newest(parrot).payload
+    assert (said["value"], said["reasons"], said["comment"]) == (1, ["helpful", "well_written"], "<b>不错</b>")
+    assert (said["source"], said["channel"], said["locale"], said["revision"]) == ("human_user", "page", "zh", 4)
+    answer.get_by_role("button", name="写得好").click()
+    page.reload()
+    answer = page.locator(".theirs")
+    answer.get_by_role("button", name="为什么？").click()
+    assert answer.get_by_placeholder("还想说点什么").input_value() == "<b>不错</b>"
+    assert newest(parrot).payload["reasons"] == ["helpful"]
+    answer.locator(".down").click()
+    wait_for_state(answer, "已保存")
+    said = newest(parrot).payload
+    assert (said["value"], said["reasons"], said["comment"]) == (-1, [], "<b>不错</b>")  # other reasons than before
+    answer.get_by_role("button", name="有错误").wait_for()
+    harmless(page, parrot.url)
+
+
+def test_a_better_answer_is_kept_changed_and_taken_back(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    answer = ask(page, "what is 2 + 2?")
+    answer.get_by_role("button", name="Write a better answer").click()
+    text = answer.get_by_label("Write the answer that you would have liked.")
+    assert text.input_value() == "what is 2 + 2?"  # begins with the model's
+    text.fill("4")
+    answer.locator(".write").get_by_role("button", name="Save").click()
+    kept = answer.get_by_role("region", name="Your better answer")
+    kept.get_by_text("4", exact=True).wait_for()
+    answer.locator(".edit-state.saved").wait_for()
+    page.reload()
+    answer = page.locator(".theirs")
+    answer.get_by_role("button", name="Change").click()
+    answer.locator(".correction").fill("four")
+    answer.locator(".write").get_by_role("button", name="Save").click()
+    answer.locator(".edit-state.saved").wait_for()
+    said = newest(parrot, "edit").payload
+    assert (said["correction"], said["value"], said["revision"]) == ("four", 1, 2)
+    answer.get_by_role("button", name="Take back").click()
+    answer.locator(".edit-state", has_text="Taken back").wait_for()
+    assert newest(parrot, "edit").op == "retract" and not answer.locator(".kept").is_visible()
+    assert page.complaints == []
+
+
+def test_answers_are_shown_with_the_markdown_that_they_use(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    lines = [
+        "A *little* `code`",
+        "in two lines",
+        "",
+        "# Title",
+        "- one **bold _x_**",
+        "- two",
+        "3. three",
+        "```js",
+        "a < b",
+        "",
+    ]
+    answer = ask(
+        page, "\n".join([*lines, "**not bold** in code", "```", "> quoted", "2 * 3 * 4 and [a](https://a.example)"])
+    )
+    assert answer.locator(".text").inner_html() == (
+        "<p>A <em>little</em> <code>code</code>\nin two lines</p><h3>Title</h3>"
+        "<ul><li>one <strong>bold _x_</strong></li><li>two</li></ul>"
+        '<ol start="3"><li>three</li></ol><pre tabindex="0"><code>a &lt; b\n\n**not bold** in code</code></pre>'
+        "<blockquote>quoted</blockquote><p>2 * 3 * 4 and [a](https://a.example)</p>"
+    )
+
+
+def test_the_keyboard_alone_does_everything(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    first = ask(page, "first")
+    ask(page, "answer N times: second")
+    page.keyboard.press("Escape")  # from the message to the newest answer
+    page.keyboard.press("k")
+    assert first.evaluate("element => element === document.activeElement")
+    page.keyboard.press("u")
+    wait_for_state(first, "Saved")
+    assert pressed(first) == ["true", "false"]
+    page.keyboard.press("d")
+    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    page.keyboard.press("z")
+    wait_for_state(first, "Taken back")
+    page.keyboard.press("e")
+    page.keyboard.type("u is only a letter here")
+    page.keyboard.press("Escape")
+    assert pressed(first) == ["false", "false"]
+    page.keyboard.press("j")
+    page.keyboard.press("r")
+    page.locator(".choose:enabled").first.wait_for()
+    page.keyboard.press("3")
+    page.locator(".compare .state.saved").wait_for()
+    assert newest(parrot, "comparison").payload["value"] == 0
+    page.keyboard.press("?")
+    page.get_by_role("dialog", name="Keyboard shortcuts").get_by_label("Shortcuts are on").uncheck()
+    page.keyboard.press("Escape")
+    page.keyboard.press("n")
+    assert page.locator(".mine").count() == 2  # switched off
+    page.reload()
+    page.locator("#help").click()
+    page.get_by_label("Shortcuts are on").check()
+    page.get_by_role("button", name="Close").click()
+    page.locator("#main").focus()
+    page.keyboard.press("n")
+    assert page.locator(".mine").count() == 0 and page.locator("#text").evaluate(
+        "box => box === document.activeElement"
+    )
+    assert page.complaints == []
+
+
 def test_nothing_that_a_user_or_a_model_writes_runs(visit: Any, parrot: Any) -> None:
     page = visit(parrot.url)
-    for start in range(0, len(INJECTIONS), 12):
-        page.get_by_role("button", name="New chat").click()
-        for place, attack in enumerate(INJECTIONS[start : start + 12]):
-            ask(page, attack)
-            assert page.locator(".mine .text").nth(place).text_content() == attack.strip()
-        harmless(page, parrot.url)
-        page.reload()
-        page.locator(".theirs").nth(place).wait_for()
-        assert page.locator(".mine .text").nth(place).text_content() == attack.strip()
-        harmless(page, parrot.url)
+    for start in range(0, len(INJECTIONS), 8):
+        attack = "\n\n".join(INJECTIONS[start : start + 8]).strip()
+        answer = ask(page, attack)
+        assert page.locator(".mine .text").last.text_content() == attack
+    answer.locator(".down").click()
+    answer.locator(".comment").fill("\n".join(INJECTIONS))
+    answer.locator(".why").get_by_role("button", name="Save").click()
+    answer.locator(".better").click()
+    answer.locator(".correction").fill("\n".join(INJECTIONS))
+    answer.locator(".write").get_by_role("button", name="Save").click()
+    answer.locator(".edit-state.saved").wait_for()
+    wait_for_state(answer, "Saved")
+    harmless(page, parrot.url)
+    page.reload()
+    page.locator(".theirs").last.wait_for()
+    assert page.locator(".mine .text").last.text_content() == attack
+    assert page.locator(".correction-text").last.text_content() == "\n".join(INJECTIONS).strip()
+    harmless(page, parrot.url)
+    page.goto(f"{parrot.url}/you")
+    for opened in page.locator("details").all():
+        opened.locator("summary").click()
+    harmless(page, parrot.url)
+
+
+def test_no_answer_becomes_anything_but_text_in_the_few_elements_of_markdown(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    made = page.evaluate(
+        """async (attacks) => {
+          const { showMarkdown } = await import("/assets/markdown.js");
+          return attacks.map((attack) => {
+            const place = document.body.appendChild(document.createElement("div"));
+            showMarkdown(place, attack);
+            return [[...place.querySelectorAll("*")].map((one) => one.localName), place.textContent];
+          });
+        }""",
+        list(INJECTIONS),
+    )
+    for attack, (names, text) in zip(INJECTIONS, made, strict=True):
+        assert set(names) <= {"p", "h3", "ul", "ol", "li", "strong", "em", "code", "pre", "blockquote"}, attack
+        if "`" not in attack and "**" not in attack and "\n" not in attack:
+            assert text == attack
+    harmless(page, parrot.url)
     blocked = page.evaluate(
         "() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';"
         " document.body.append(s); return window.ran === undefined }"
     )
     assert blocked  # and if something did get in, the policy would not let it run
+
+
+def test_a_reason_that_is_no_code_is_not_taken(parrot: Any) -> None:
+    id = parrot.chat("hello").json()["id"]
+    for attack in INJECTIONS:
+        said = {"value": 1, "reasons": [attack]}
+        assert parrot.client.put(f"/v1/feedback/{id}/thumb", json=said).status_code == 422, attack
 
 
 def test_long_conversations_go_on(page: Any) -> None:
@@ -118,19 +285,27 @@ def test_long_conversations_go_on(page: Any) -> None:
     page.get_by_text("reads only the last part").wait_for()
 
 
-def test_it_fits_a_telephone_and_speaks_chinese(browser: Any, server: Any) -> None:
-    context = browser.new_context(locale="zh-CN", viewport={"width": 375, "height": 700})
-    page = context.new_page()
-    page.goto(server.url)
-    page.get_by_placeholder("写点什么").fill("你好")
+@pytest.mark.parametrize("width", [360, 430])
+def test_it_fits_a_telephone_and_speaks_chinese(visit: Any, parrot: Any, width: int) -> None:
+    page = visit(parrot.url, locale="zh-CN", viewport={"width": width, "height": 700}, has_touch=True)
+    page.get_by_placeholder("写点什么").fill("answer N times: 你好，" + "很长的一行" * 20 + "x" * 200)
     page.get_by_role("button", name="发送").click()
-    page.get_by_role("button", name="回答得好").click()
+    page.get_by_role("button", name="回答得好", exact=True).tap()
     page.locator(".state", has_text="已保存").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.get_by_role("link", name="English").click()
-    page.get_by_role("button", name="Good answer").wait_for()
+    fits = "document.documentElement.scrollWidth <= window.innerWidth && main.scrollWidth <= main.clientWidth"
+    assert page.evaluate(fits)
+    page.get_by_role("button", name="换一个回答").tap()
+    page.locator(".choose:enabled").first.wait_for()
+    assert page.evaluate(fits)
+    left, right = (f"document.querySelector('.{name}').getBoundingClientRect()" for name in ("left", "right"))
+    assert page.evaluate(f"{left}.bottom <= {right}.top")  # one below the other
+    page.get_by_role("link", name="English").tap()
+    page.get_by_role("button", name="Left is better").wait_for()
     assert page.evaluate("document.documentElement.lang") == "en"
-    context.close()
+    page.get_by_role("link", name="Your data").tap()
+    page.get_by_role("heading", name="Your data").wait_for()  # English, as was chosen
+    page.wait_for_load_state()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 @pytest.mark.skipif(not os.environ.get("THUMBWHEEL_SCREENSHOTS"), reason="THUMBWHEEL_SCREENSHOTS names no folder")
