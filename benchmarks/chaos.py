@@ -71,7 +71,9 @@ class Drill:
     def make_data(self) -> None:
         """ingest, curate and tokenize, as the flow runs them but for the data gate."""
         ingest.make_data(self.root, ingest.IngestOptions(**self.params["data"]))
-        (self.root / "artifacts/validate").mkdir(parents=True, exist_ok=True)
+        for name in ("validate", "written"):
+            (self.root / "artifacts" / name).mkdir(parents=True, exist_ok=True)
+        Sequences.none().save(self.root / "artifacts/written/sft.npz")  # people wrote nothing
         for module in (curate, tokenize):
             stage = module.__name__.split(".")[-1]
             output = self.root / "artifacts" / stage
@@ -108,6 +110,7 @@ class Drill:
         ]
         snapshot, cut = self.root / "artifacts/snapshot", 2 * RATED["heldout"]
         snapshot.mkdir()
+        Sequences.none().save(snapshot / "prompts.npz")  # people asked nothing
         (snapshot / "opinions.heldout.jsonl").write_text("".join(rows[:cut]), encoding="utf-8")
         (snapshot / "opinions.train.jsonl").write_text("".join(rows[cut:]), encoding="utf-8")
 

@@ -226,6 +226,14 @@ def manifest(connection: sa.Connection) -> dict[str, Any]:
     return {"batches": [entry(b) for b in listed(connection, only_open=False)]}
 
 
+def written_manifest(connection: sa.Connection) -> dict[str, Any]:
+    """See Store.written_manifest."""
+    changed = item.c.accepted | (item.c.reason == REVISED)
+    about = sa.select(item.c.batch_id).join(feedback, feedback.c.id == item.c.feedback_id)
+    ids = set(connection.execute(about.where(feedback.c.kind == "edit", changed).distinct()).scalars())
+    return {"batches": [entry(b) for b in listed(connection, only_open=False) if b.id in ids]}
+
+
 def entry(batch: Batch) -> dict[str, Any]:
     """A batch in the manifest. An erasure changes it, so that snapshots are made again without what was erased."""
     keys = ("id", "first_seq", "last_seq", "accepted", "sha256")
@@ -240,12 +248,13 @@ def check_manifest(connection: sa.Connection, entries: list[dict[str, Any]]) -> 
         if known.get(entry["id"]) != entry:
             if {**known.get(entry["id"], {}), "erased": 0} == {**entry, "erased": 0}:
                 raise ValueError(
-                    f"feedback.manifest.json: opinions of batch {entry['id']} were erased on demand since it was written; "
-                    "what was learned from them cannot be made again. The next flow run writes a new manifest"
+                    f"the manifest: opinions of batch {entry['id']} were erased on demand since it was written; what was "
+                    "learned from them cannot be made again. The next run of align (or, for feedback.manifest.json, retrain) "
+                    "writes it anew"
                 )
             state = "differs from" if entry["id"] in known else "is not in"
             raise ValueError(
-                f"feedback.manifest.json: batch {entry['id']} {state} the feedback database; "
+                f"the manifest: batch {entry['id']} {state} the feedback database; "
                 "point THUMBWHEEL_DATABASE_URL at the database it was made from, or write the manifest again"
             )
 

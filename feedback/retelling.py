@@ -43,13 +43,26 @@ class Retelling:
         self.left_out: Counter[str] = Counter()
         self._reader: tuple[Reader, int] | None = None
 
+    def reader(self) -> tuple[Reader, int]:
+        """The tokenizer, opened once, and how many tokens the model reads."""
+        if self._reader is None:
+            self._reader = self.open_reader()
+        return self._reader
+
+    def written(self, prompt_ids: list[int], text: str) -> list[int] | None:
+        """An answer that a person wrote, in ids, with the token that ends it; None when it is too long for the model."""
+        reader, context = self.reader()
+        ids = [*reader.encode(text), reader.stop_id]
+        if len(prompt_ids) + len(ids) > context:
+            self.left_out["too_long"] += 1
+            return None
+        return ids
+
     def __call__(self, answer: Answer) -> Answer:
         """The answer in ids that the model reads; without any when it cannot read it."""
         if answer.origin == "decoder":
             return answer
-        if self._reader is None:
-            self._reader = self.open_reader()
-        reader, context = self._reader
+        reader, context = self.reader()
         nothing = replace(answer, prompt_ids=[], response_ids=[])
         try:
             prompt = reader.encode_chat(answer.messages)

@@ -255,6 +255,11 @@ class Store:
         with self.read() as connection:
             return batches.manifest(connection)
 
+    def written_manifest(self) -> dict[str, Any]:
+        """The manifest of only those batches that hold an answer which a person wrote, or a change of one."""
+        with self.read() as connection:
+            return batches.written_manifest(connection)
+
     def opinions(
         self, manifest: dict[str, Any], retell: Callable[[Answer], Answer] = lambda answer: answer
     ) -> Iterator[Opinion]:

@@ -1,7 +1,7 @@
 """The flow `align`: the whole wheel, from the data to a judged and perhaps promoted model.
 
-data → curate → validate → tokenize → pretrain → SFT → (the first time the SFT model becomes the champion, is served, and
-the simulated rater asks it) → snapshot → reward model → PPO (or DPO or KTO) → judge → promotion. What is up to
+data → curate → validate → tokenize → pretrain → what people wrote → SFT → (the first time the SFT model becomes the champion,
+is served, and the simulated rater asks it) → snapshot → reward model → PPO (or DPO or KTO) → judge → promotion. What is up to
 date is not run again.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 
 from flows.flowrun import FlowRun, open_flow_run
-from flows.retrain import MANIFEST, Overrides, Preset, learn, nothing_to_do, open_store
+from flows.retrain import MANIFEST, WRITTEN, Overrides, Preset, learn, nothing_to_do, open_store
 
 if TYPE_CHECKING:
     from feedback.store import Store
@@ -28,8 +28,9 @@ def align(preset: Preset = None, overrides: Overrides = None) -> Any:
     store = open_store()
     try:
         with open_flow_run("align", preset, overrides.plain() if overrides else None) as run:
+            run.write_json(WRITTEN, store.written_manifest())
             run.step("data", lambda emit: verify_data(run))
-            for name in ("curate", "validate", "tokenize", "pretrain", "sft"):
+            for name in ("curate", "validate", "tokenize", "pretrain", "written", "sft"):
                 run.stage(name)
             crown_first(run, store)
             run.step("opinions", lambda emit: gather_opinions(run, store, emit))

@@ -20,7 +20,10 @@ from flows import servers, summary
 from flows.timeline import Display, Follower, Progress, read_durations, write_durations
 from flows.turn import outcome_path
 
-BEFORE = ("servers", "ingest", "curate", "validate", "tokenize", "pretrain", "sft", "opinions", "snapshot", "reward")
+BEFORE = (
+    *("servers", "ingest", "curate", "validate", "tokenize", "pretrain", "written", "sft"),
+    *("opinions", "snapshot", "reward"),
+)
 LOG = "align"
 
 

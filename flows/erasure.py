@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows import files
 from flows.values import yaml
 from flows.workspace import WorkspaceBusyError, writer
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from feedback.store import Store
     from flows.record import Records
 
-SNAPSHOT = "artifacts/snapshot"
+WORDS = {
+    "snapshot": "artifacts/snapshot",
+    "written": "artifacts/written",
+}  # the stages whose outputs hold people's words
 TAG = "thumbwheel.erasures"  # the numbers of the erasures that concern a run or a model version
 LEARNED = ("snapshot", "reward", "ppo", "dpo", "kto")
 log = logging.getLogger("thumbwheel.erasure")
@@ -69,7 +72,8 @@ def added(known: str, number: int) -> str:
 
 
 def forget_snapshots(root: Path) -> None:
-    """Delete every snapshot: the output, and its copies in DVC's cache, its run cache, and remotes on this machine."""
+    """Delete every snapshot, and what was made of people's own answers: the outputs, what a killed run left of them, and
+    their copies in DVC's cache, its run cache, and remotes on this machine."""
     from dvc.repo import Repo
 
     repo = Repo(str(root))
@@ -85,23 +89,24 @@ def forget_snapshots(root: Path) -> None:
     for place in places:
         for md5 in hashes:
             forget_object(place / "files" / "md5", md5)
-    if (root / SNAPSHOT).exists():
-        shutil.rmtree(root / SNAPSHOT)
+    for stage, output in WORDS.items():
+        for left in (root / output, root / ".thumbwheel" / "work" / stage):
+            files.remove(left)
     if elsewhere:
         log.warning("snapshots of before an erasure may still stand in %s: delete them there", ", ".join(elsewhere))
 
 
 def locked_outs(path: Path) -> list[dict[str, Any]]:
-    """The snapshot's entry in dvc.lock, if there is one."""
+    """The entries of those stages in dvc.lock, if there are any."""
     if not path.exists():
         return []
     stages = (yaml().load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
-    return snapshots(stages.get("snapshot", {}))
+    return [out for name in WORDS for out in snapshots(stages.get(name, {}))]
 
 
 def snapshots(stage: dict[str, Any]) -> list[dict[str, Any]]:
-    """The outputs of a locked stage that are the snapshot's folder."""
-    return [out for out in stage.get("outs", []) if out.get("path") == SNAPSHOT and out.get("md5")]
+    """The outputs of a locked stage that hold people's words."""
+    return [out for out in stage.get("outs", []) if out.get("path") in WORDS.values() and out.get("md5")]
 
 
 def forget_runs(folder: Path) -> set[str]:
@@ -114,13 +119,13 @@ def forget_runs(folder: Path) -> set[str]:
     return hashes
 
 
-def forget_object(files: Path, md5: str) -> None:
+def forget_object(objects: Path, md5: str) -> None:
     """Delete a folder's object and those of its files. Empty files stay: other outputs may have the same."""
-    listing = files / md5[:2] / md5[2:]
+    listing = objects / md5[:2] / md5[2:]
     if not listing.exists():
         return
     for entry in json.loads(listing.read_text(encoding="utf-8")):
-        file = files / entry["md5"][:2] / entry["md5"][2:]
+        file = objects / entry["md5"][:2] / entry["md5"][2:]
         if file.exists() and file.stat().st_size:
             file.unlink()
     listing.unlink()

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 Method = Literal["ppo", "dpo", "kto"]  # what may follow the snapshot; dvc.yaml's `policy` is the one of align.method
 METHODS: tuple[str, ...] = get_args(Method)
+WRITTEN_BY_FLOWS = ("written.manifest.json", "feedback.manifest.json", "champion.json")
 _GROUP = "policy"
 _LOCK_SECONDS = 600.0
 _mutex = threading.RLock()
@@ -154,9 +155,12 @@ def _locked(work: Callable[[], Result]) -> Result:
 def _check_deps(stage: Any) -> None:
     for dep in stage.deps:
         if not dep.exists:
-            raise PipelineError(
-                f"stage {plain_name(stage.name)} needs {dep.def_path}, which is missing: run the stage that makes it first"
+            maker = (
+                "a flow (align, retrain) writes it"
+                if dep.def_path in WRITTEN_BY_FLOWS
+                else "run the stage that makes it first"
             )
+            raise PipelineError(f"stage {plain_name(stage.name)} needs {dep.def_path}, which is missing: {maker}")
 
 
 def _restore(repo: Any, stage: Any) -> bool:

@@ -25,6 +25,7 @@ else:  # with the null left out of the schema, Prefect's form shows the fields t
     Overrides = changes_model() | SkipJsonSchema[None]
 
 MANIFEST = "feedback.manifest.json"
+WRITTEN = "written.manifest.json"  # of the batches whose own answers SFT learns from: align writes it, retrain leaves it alone
 CHAMPION = "champion.json"
 
 

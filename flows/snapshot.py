@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from models.job import Job
+
+if TYPE_CHECKING:
+    from feedback.store import Store
+    from feedback.written import Rules
+    from models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,8 @@ class SnapshotOptions:
 
 def run(job: Job) -> dict[str, Any]:
     """The stage body: feedback.manifest.json + the feedback database → opinions.{train,heldout}.jsonl, conversations.jsonl,
-    prompts.jsonl, summary.json (see feedback.snapshot). Answers that came from a server by URL or from an imported log are
+    prompts.jsonl, quarantine.jsonl, summary.json (see feedback.snapshot), and prompts.npz: what people asked, for PPO, less
+    the prompts that the judge asks. Answers that came from a server by URL, from an imported log or from a person are
     tokenised as the SFT model reads them.
 
     The database is no dep: the manifest names each batch with its hash, so what is read from it is settled.
@@ -30,28 +39,60 @@ def run(job: Job) -> dict[str, Any]:
     """
     from feedback.retelling import Retelling
     from feedback.snapshot import write_snapshot
-    from feedback.store import Store
-    from flows.environment import environment
+    from flows.screen import rules
     from models.tokenizer import Tokenizer
 
     options = job.options("snapshot", SnapshotOptions)
-    path = job.input("feedback.manifest.json")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        batches = len(manifest["batches"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is no manifest ({error}): delete it, the next flow run writes it") from error
+    manifest, screen = read_manifest(job.input("feedback.manifest.json")), rules(job)
 
     def reader() -> tuple[Tokenizer, int]:
         folder = job.input("artifacts/sft/model")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return Tokenizer.load(folder), int(config["max_position_embeddings"])
 
+    retell = Retelling(reader)
+    with opened_store(job) as store:
+        counts = write_snapshot(store, manifest, job.output, options.heldout_percent, retell, screen)
+    numbers = {"opinions/train": counts["train"], "opinions/heldout": counts["heldout"], "batches": counts["batches"]}
+    job.log(1, 1, {**numbers, "prompts/asked": write_prompts(job, screen)})
+    return counts
+
+
+def write_prompts(job: Job, screen: Rules) -> int:
+    """prompts.npz of prompts.jsonl: those that may be learned from and are short enough. Returns how many."""
+    from flows.tokenize import TokenizeOptions, read_rows
+    from models.corpus import Sequences, prompts
+    from models.tokenizer import Tokenizer
+
+    asked = [row["messages"] for row in read_rows(job.output / "prompts.jsonl")]
+    asked = [messages for messages in asked if not screen.held(messages)]
+    longest = job.options("tokenize", TokenizeOptions).max_prompt
+    sequences = Sequences.none()
+    if asked:
+        sequences, _ = prompts(Tokenizer.load(job.input("artifacts/sft/model")), asked, longest)
+    sequences.save(job.output / "prompts.npz")
+    return len(sequences)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest of batches. Raises ValueError that names the file and the remedy."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        len(manifest["batches"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is no manifest ({error}): delete it, the next flow run writes it") from error
+    return manifest
+
+
+@contextmanager
+def opened_store(job: Job) -> Iterator[Store]:
+    """The feedback database of the job's workspace, migrated."""
+    from feedback.store import Store
+    from flows.environment import environment
+
     store = Store(environment(job.root).feedback_url())
     try:
         store.migrate()
-        counts = write_snapshot(store, manifest, job.output, options.heldout_percent, Retelling(reader))
+        yield store
     finally:
         store.close()
-    job.log(1, 1, {"opinions/train": counts["train"], "opinions/heldout": counts["heldout"], "batches": batches})
-    return counts

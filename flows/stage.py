@@ -51,6 +51,7 @@ STAGES: dict[str, Body] = {
     "validate": Body("flows.validate"),
     "tokenize": Body("flows.tokenize"),
     "pretrain": Body("models.pretrain", TRAINING, shared=True),
+    "written": Body("flows.written"),
     "sft": Body("models.sft", TRAINING, shared=True),
     "snapshot": Body("flows.snapshot"),
     "reward": Body("models.reward", TRAINING, shared=True),

@@ -14,7 +14,7 @@ from rich.text import Text
 from flows import servers
 from flows.values import read_document
 
-BEFORE = ("curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward")
+BEFORE = ("curate", "validate", "tokenize", "pretrain", "written", "sft", "snapshot", "reward")
 SHOWN_PROMPTS = 6
 MODELS = (("sft", "SFT"), ("champion_before", "champion before"), ("candidate", "candidate"))
 

@@ -24,6 +24,7 @@ TYPICAL_SECONDS = {
     "validate": 10.0,
     "tokenize": 10.0,
     "pretrain": 90.0,
+    "written": 0.5,
     "sft": 45.0,
     "opinions": 40.0,
     "snapshot": 3.0,

@@ -42,6 +42,21 @@ class Sequences:
             np.savez(file, tokens=self.tokens, learned=self.learned, offsets=self.offsets)
 
     @classmethod
+    def none(cls) -> Sequences:
+        """No sequence at all."""
+        return cls(np.zeros(0, np.uint16), np.zeros(0, bool), np.zeros(1, np.int64))
+
+    def then(self, more: Sequences, times: int = 1) -> Sequences:
+        """These, and after them those of `more`, `times` over."""
+        parts = [self, *[more] * times]
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Sequences(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.learned for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        )
+
+    @classmethod
     def load(cls, path: Path) -> Sequences:
         """Read what save wrote."""
         with np.load(path, allow_pickle=False) as data:

@@ -193,11 +193,12 @@ def rehearse(training: Training, updater: Updater, prompts: Sequences) -> None:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The stage body: SFT model, reward model, prompts → model/, metrics.json, curves.csv."""
+    """The stage body: SFT model, reward model, prompts and those that people asked → model/, metrics.json, curves.csv."""
     options, lora, ranks = job.options("ppo", PPOOptions), job.options("lora", LoraOptions), job.ranks
     base, folder = job.input("artifacts/sft/model"), job.input("artifacts/tokenize")
     tokenizer = Tokenizer.load(base)
-    prompts = Sequences.load(folder / "prompts.train.npz")
+    asked_by_people = Sequences.load(job.input("artifacts/snapshot") / "prompts.npz")
+    prompts = Sequences.load(folder / "prompts.train.npz").then(asked_by_people)
     tokens = np.load(folder / "pretrain.train.npy", mmap_mode="r")
     chats = Sequences.load(folder / "sft.train.npz")
     if len(prompts) < options.batch_size:

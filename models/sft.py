@@ -33,7 +33,7 @@ class SFTOptions(TrainingOptions):
     """Section `sft` of params.yaml. A step sees batch_size conversations; steps may span several epochs.
 
     micro_batch: conversations in memory at a time (of each process), null for all of the step's; the gradient is that of the
-    whole batch.
+    whole batch. written_weight: how often each answer that people wrote themselves counts; 0: not at all.
     """
 
     steps: int = 380
@@ -45,10 +45,12 @@ class SFTOptions(TrainingOptions):
     clip_norm: float = 1.0
     checkpoint_every: int = 50
     log_every: int = 10
+    written_weight: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least_one("steps", "batch_size", *(["micro_batch"] if self.micro_batch is not None else []))
+        self.not_negative("written_weight")
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,14 @@ def answer_loss(model: Transformer, data: Sequences, device: str, limit: int = 1
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The stage body: artifacts/pretrain/model + artifacts/tokenize → model/, metrics.json, curves.csv."""
+    """The stage body: artifacts/pretrain/model + artifacts/tokenize + artifacts/written → model/, metrics.json, curves.csv."""
     options = job.options("sft", SFTOptions)
     folder = job.input("artifacts/tokenize")
     base = job.input("artifacts/pretrain/model")
     tokenizer, model = Tokenizer.load(base), load_model(base, job.device)
     data, heldout = Sequences.load(folder / "sft.train.npz"), Sequences.load(folder / "sft.heldout.npz")
+    written = Sequences.load(job.input("artifacts/written") / "sft.npz")
+    data = data.then(written, options.written_weight)
     if not len(data) or not len(heldout):
         raise ValueError(
             f"SFT has {len(data)} conversations to learn and {len(heldout)} held out: each needs at least one"
@@ -186,6 +190,7 @@ def run(job: Job) -> dict[str, Any]:
         "heldout_loss": nll,
         "heldout_perplexity": math.exp(nll),
         "conversations": len(data),
+        "written_conversations": len(written),
         "epochs": options.steps / math.ceil(len(data) / options.batch_size),
         "skipped_steps": training.skipped,
     }

@@ -52,8 +52,10 @@ def main() -> int:
         vocab_size=shape.vocabulary,
     )
     artifacts = folder / "artifacts"
-    for name in ("tokenize", "snapshot", "pretrain", "sft", "reward"):
+    for name in ("tokenize", "snapshot", "pretrain", "sft", "reward", "written"):
         (artifacts / name).mkdir(parents=True, exist_ok=True)
+    for nobody in ("written/sft.npz", "snapshot/prompts.npz"):  # people wrote nothing and asked nothing
+        Sequences.none().save(artifacts / nobody)
     tokenizer.save(artifacts / "tokenize" / "tokenizer")
     model = Transformer(config).initialize(torch.Generator().manual_seed(1))
     save_model(model, artifacts / "pretrain" / "model", tokenizer)

@@ -19,7 +19,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 COPIED = ("flows", "models", "feedback", ".dvc", ".dvcignore", "dvc.yaml", "params.yaml", "data.dvc", "pyproject.toml")
-BEFORE = ["curate", "validate", "tokenize", "pretrain", "sft", "snapshot", "reward"]
+BEFORE = ["curate", "validate", "tokenize", "pretrain", "written", "sft", "snapshot", "reward"]
 STAGES = [*BEFORE, "ppo", "judge"]
 PARAMETERS = {"preset": "micro", "overrides": {"ppo.iterations": 8, "ppo": {"checkpoint_every": 2}}}
 DVC_AGREES = (

@@ -25,6 +25,11 @@ stages:
 shutil.copy('said.txt', out / 'opinions.jsonl'); (out / 'empty').touch()"
     deps: [said.txt]
     outs: [artifacts/snapshot]
+  written:
+    cmd: {python} -c "import pathlib, shutil; out = pathlib.Path('artifacts/written'); out.mkdir(parents=True); \
+shutil.copy('said.txt', out / 'conversations.jsonl')"
+    deps: [said.txt]
+    outs: [artifacts/written]
   other:
     cmd: {python} -c "import pathlib; pathlib.Path('other').touch()"
     outs: [other]
@@ -76,7 +81,10 @@ def test_snapshots_are_deleted_wherever_they_stand_and_the_runs_flagged(workspac
     for n in range(2):  # two of them: the older one stands in the cache alone
         snapshot(workspace, f"{WORD} {n}")
     (workspace / "said.txt").unlink()
-    assert len(found(workspace)) >= 5 and any(str(remote) in path for path in found(workspace))
+    for stage in ("snapshot", "written"):  # as a run that was killed leaves it
+        (workspace / ".thumbwheel/work" / stage / "f00d/output").mkdir(parents=True)
+        (workspace / ".thumbwheel/work" / stage / "f00d/output/prompts.jsonl").write_text(WORD)
+    assert len(found(workspace)) >= 9 and any(str(remote) in path for path in found(workspace))
     records = Records(workspace)
     parent, reward = (
         records.client.create_run(records.experiment, run_name=n).info.run_id for n in ("retrain", "reward")
@@ -102,3 +110,4 @@ def test_snapshots_are_deleted_wherever_they_stand_and_the_runs_flagged(workspac
     assert empty.exists()  # another stage's output is the same bytes
     snapshot(workspace, "what is left")
     assert (workspace / "artifacts/snapshot/opinions.jsonl").read_text() == "what is left"
+    assert (workspace / "artifacts/written/conversations.jsonl").read_text() == "what is left"

@@ -43,7 +43,7 @@ def run(root: Path, name: str, percent: int = 20) -> Path:
     job = Job(
         stage="snapshot",
         root=root,
-        deps=("feedback.manifest.json", "artifacts/sft/model"),
+        deps=("feedback.manifest.json", "artifacts/sft/model", "artifacts/curate"),
         output=root / name,
         work=root / "work",
         params={"snapshot": {"heldout_percent": percent}},
@@ -58,6 +58,9 @@ def run(root: Path, name: str, percent: int = 20) -> Path:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace whose database holds 40 opinions on 20 prompts, in one batch that the manifest names."""
     monkeypatch.delenv("THUMBWHEEL_DATABASE_URL", raising=False)
+    (tmp_path / "artifacts/curate").mkdir(parents=True)
+    for name in ("prompts.report", "prompts.tune", "sft.heldout"):
+        (tmp_path / f"artifacts/curate/{name}.jsonl").touch()
     store = Store(f"sqlite:///{tmp_path / '.thumbwheel' / 'feedback.db'}")
     store.migrate()
     for number in range(40):

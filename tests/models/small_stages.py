@@ -13,7 +13,7 @@ import torch
 
 from models import dpo, kto, ppo, pretrain, reward, sft
 from models.checkpoint import save_model
-from models.corpus import conversations, prompts, text_stream
+from models.corpus import Sequences, conversations, prompts, text_stream
 from models.job import Job
 from models.ranks import Ranks
 from models.reward import RewardModel, save_reward_model
@@ -54,7 +54,15 @@ def make_workspace(root: Path, model: Transformer, tokenizer: Tokenizer) -> None
     for split, rows in (("train", chats), ("heldout", chats[:6])):
         conversations(tokenizer, rows, 48)[0].save(out / f"sft.{split}.npz")
     prompts(tokenizer, [chat[:1] for chat in chats], 24)[0].save(out / "prompts.train.npz")
+    nothing_written(root)
     make_snapshot(root, rng)
+
+
+def nothing_written(root: Path) -> None:
+    """What SFT and PPO read of people's own words where nobody wrote any."""
+    for place in ("written/sft.npz", "snapshot/prompts.npz"):
+        (root / "artifacts" / place).parent.mkdir(parents=True, exist_ok=True)
+        Sequences.none().save(root / "artifacts" / place)
 
 
 def make_snapshot(root: Path, rng: random.Random) -> None:
@@ -64,7 +72,7 @@ def make_snapshot(root: Path, rng: random.Random) -> None:
         return [rng.randrange(20, 250) for _ in range(rng.randint(1, longest))]
 
     folder = root / "artifacts/snapshot"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", 13), ("heldout", 5)):
         rows: list[dict[str, Any]] = []
         for n in range(count):
@@ -99,7 +107,8 @@ def run_stage(
         if killed_after is not None and event.get("step") == killed_after:
             raise Killed
 
-    deps = ("artifacts/pretrain", "artifacts/sft", "artifacts/reward", "artifacts/tokenize", "artifacts/snapshot")
+    made = ("pretrain", "sft", "reward", "tokenize", "snapshot", "written")
+    deps = tuple(f"artifacts/{name}" for name in made)
     output = where / "output"
     output.mkdir(parents=True, exist_ok=True)
     BODIES[stage](Job(stage, root, deps, output, where, {"seed": 3, **params}, emit=emit, ranks=ranks))

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from small_stages import nothing_written
 
 from flows import tokenize
 from models import ppo, pretrain, reward, sft
@@ -85,6 +86,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         )
         (snapshot / f"opinions.{split}.jsonl").write_text(text)
+    nothing_written(root)
     return root
 
 
@@ -101,9 +103,10 @@ def test_the_wheel_turns_from_a_base_of_another_family(root: Path) -> None:
     stage(root, "tokenize", tokenize.run, ("artifacts/curate", "artifacts/validate"))
     figures = stage(root, "pretrain", pretrain.run, ("artifacts/tokenize",))
     assert figures["parameters"] == sum(p.numel() for p in load_model(root / "bases/tiny").parameters())
-    stage(root, "sft", sft.run, ("artifacts/pretrain/model", "artifacts/tokenize"))
+    stage(root, "sft", sft.run, ("artifacts/pretrain/model", "artifacts/tokenize", "artifacts/written"))
     stage(root, "reward", reward.run, ("artifacts/sft/model", "artifacts/snapshot"))
-    stage(root, "ppo", ppo.run, ("artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize"))
+    read = ("artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize", "artifacts/snapshot")
+    stage(root, "ppo", ppo.run, read)
 
     tokens = torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_stages import nothing_written
 
 from models.checkpoint import model_hash
 from models.corpus import conversations, prompts, text_stream
@@ -63,9 +64,9 @@ PARAMS: dict[str, Any] = {
 }  # fmt: skip
 DEPS = {
     "pretrain": ["artifacts/tokenize"],
-    "sft": ["artifacts/pretrain/model", "artifacts/tokenize"],
+    "sft": ["artifacts/pretrain/model", "artifacts/tokenize", "artifacts/written"],
     "reward": ["artifacts/sft/model", "artifacts/snapshot"],
-    "ppo": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize"],
+    "ppo": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/tokenize", "artifacts/snapshot"],
     "dpo": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/snapshot", "artifacts/tokenize"],
     "kto": ["artifacts/sft/model", "artifacts/reward/model", "artifacts/snapshot", "artifacts/tokenize"],
 }
@@ -96,7 +97,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked, _ = prompts(tokenizer, [chat[:1] for chat in chats], 16)
     asked.save(out / "prompts.train.npz")
     snapshot = root / "artifacts/snapshot"
-    snapshot.mkdir()
+    nothing_written(root)
     for split, count in (("train", 40), ("heldout", 10)):
         lines = []
         for i in range(count):

@@ -134,3 +134,25 @@ def test_a_step_in_micro_batches_trains_as_a_whole_one(
         run_stage(tmp_path, "sft", tmp_path / "silent", {"sft": options})
     with pytest.raises(ValueError, match="micro_batch must be at least 1, not 0"):
         SFTOptions(micro_batch=0)
+
+
+def test_own_answers_of_people_join_the_conversations_as_often_as_they_weigh(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    make_workspace(tmp_path, model, tokenizer)
+    curated, options = tmp_path / "artifacts/tokenize/sft.train.npz", {"steps": 4, "batch_size": 6}
+
+    def weights(name: str, **more: int) -> bytes:
+        out, _ = run_stage(tmp_path, "sft", tmp_path / name, {"sft": options | more})
+        return (out / "model/model.safetensors").read_bytes()
+
+    nothing = weights("nothing", written_weight=2)
+    own, _ = conversations(tokenizer, CHATS[:2], 48)
+    own.save(tmp_path / "artifacts/written/sft.npz")
+    ignored, twice = weights("ignored", written_weight=0), weights("twice", written_weight=2)
+    Sequences.none().save(tmp_path / "artifacts/written/sft.npz")
+    all_of = [Sequences.load(curated), own, own]
+    offsets = np.cumsum([0, *(length for part in all_of for length in np.diff(part.offsets))])
+    tokens, masks = (np.concatenate([getattr(part, name) for part in all_of]) for name in ("tokens", "learned"))
+    Sequences(tokens, masks, offsets).save(curated)
+    assert ignored == nothing != twice == weights("curated so")
