@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows import files
+from flows.lineage import runs_that_learned
 from flows.values import yaml
 from flows.workspace import WorkspaceBusyError, writer
 
@@ -44,6 +45,8 @@ def catch_up(root: Path, store: Store, records: Records) -> int:
     for erasure in waiting:
         for run_id in erasure.mlflow_runs:
             flag(records, run_id, erasure)
+        for run_id in runs_that_learned(records, erasure.batches):
+            tag(records, run_id, erasure)
         store.erasure_flagged(erasure.id)
     return len(waiting)
 
@@ -59,11 +62,16 @@ def flag(records: Records, run_id: str, erasure: Erasure) -> None:
         return
     stages = (parent.data.tags.get(f"stage.{name}.run_id") for name in LEARNED)
     for each in dict.fromkeys([run_id, *(stage for stage in stages if stage)]):
-        tags = records.client.get_run(each).data.tags
-        records.client.set_tag(each, TAG, added(tags.get(TAG, ""), erasure.id))
-        for version in records.client.search_model_versions(f"run_id = '{each}'"):
-            value = added(version.tags.get(TAG, ""), erasure.id)
-            records.client.set_model_version_tag(version.name, version.version, TAG, value)
+        tag(records, each, erasure)
+
+
+def tag(records: Records, run_id: str, erasure: Erasure) -> None:
+    """Tag a run and the model versions that it made."""
+    tags = records.client.get_run(run_id).data.tags
+    records.client.set_tag(run_id, TAG, added(tags.get(TAG, ""), erasure.id))
+    for version in records.client.search_model_versions(f"run_id = '{run_id}'"):
+        value = added(version.tags.get(TAG, ""), erasure.id)
+        records.client.set_model_version_tag(version.name, version.version, TAG, value)
 
 
 def added(known: str, number: int) -> str:

@@ -25,6 +25,8 @@ from flows.values import flatten
 EXPERIMENT = "thumbwheel"
 MODEL = "thumbwheel"
 FINGERPRINT = "thumbwheel.fingerprint"
+PARAMS = "thumbwheel.params"  # what a stage was given, as JSON: MLflow's own params are texts
+FLOW_RUN = "prefect.flow_run_id"
 OWNER = "thumbwheel.owner"
 MODEL_HASH = "thumbwheel.model_hash"
 _BATCH = 800  # MLflow takes 1,000 metrics a request
@@ -97,6 +99,16 @@ class Records:
         except MlflowException:  # another process was first
             return self.client.get_experiment_by_name(EXPERIMENT).experiment_id
 
+    def search(self, condition: str) -> Iterator[Any]:
+        """All runs that meet a condition of MLflow's."""
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment], condition, max_results=500, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
     def _search(self, **tags: str) -> list[Any]:
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         newest = ["attributes.start_time DESC"]
@@ -107,7 +119,7 @@ class Records:
     def open_flow(self, name: str, flow_run_id: str, params: Mapping[str, Any]) -> str:
         """Open the parent run of a flow run and return its id."""
         tags = {
-            "prefect.flow_run_id": flow_run_id,
+            FLOW_RUN: flow_run_id,
             "thumbwheel.kind": "flow",
             "code.revision": code_revision(self.root),
             OWNER: owner(),
@@ -199,14 +211,20 @@ class Records:
 
     # -- model versions
 
-    def register(self, run_id: str, stage: str, folder: Path, model_hash: str, md5: str) -> str:
-        """The registered version with these weights, made if need be; its bytes stay with DVC. Returns its number."""
+    def register(
+        self, run_id: str, stage: str, folder: Path, model_hash: str, md5: str, origin: Mapping[str, str] | None = None
+    ) -> str:
+        """The registered version with these weights, made if need be; its bytes stay with DVC. Returns its number.
+
+        origin: more tags, about what it was made from.
+        """
         import mlflow
         from mlflow.exceptions import MlflowException
 
         if (known := self.version(model_hash)) is not None:
             return known
         tags = {MODEL_HASH: model_hash, "dvc.md5": md5, "dvc.stage": stage, "path": str(folder.relative_to(self.root))}
+        tags |= origin or {}
         model = mlflow.create_external_model(
             name=stage, source_run_id=run_id, experiment_id=self.experiment, tags=tags, params={"dvc_md5": md5}
         )
@@ -219,10 +237,15 @@ class Records:
         made = self.client.create_model_version(MODEL, source, run_id, tags=tags, model_id=model.model_id)
         return str(made.version)
 
+    def find_version(self, model_hash: str) -> Any | None:
+        """The registered version with these weights, or None."""
+        found = self.client.search_model_versions(f"name = '{MODEL}' and tags.`{MODEL_HASH}` = '{model_hash}'")
+        return found[0] if found else None
+
     def version(self, model_hash: str) -> str | None:
         """The number of the registered version with these weights, or None."""
-        found = self.client.search_model_versions(f"name = '{MODEL}' and tags.`{MODEL_HASH}` = '{model_hash}'")
-        return str(found[0].version) if found else None
+        found = self.find_version(model_hash)
+        return str(found.version) if found is not None else None
 
     def set_alias(self, alias: str, model_hash: str) -> None:
         """Let `alias` (candidate, challenger, champion) name the version with these weights. LookupError if unknown."""

@@ -107,7 +107,7 @@ def run_stage(
     with writer(where.root, f"stage {name}"):
         tell("started")
         try:
-            result = _bring_up_to_date(name, where.root, parent_run_id, events, force, stages)
+            result = _bring_up_to_date(name, where.root, parent_run_id, flow_run_id, events, force, stages)
         except BaseException:
             tell("failed")
             raise
@@ -116,7 +116,13 @@ def run_stage(
 
 
 def _bring_up_to_date(
-    name: str, root: Path, parent: str | None, emit: Emit, force: bool, stages: Mapping[str, Body]
+    name: str,
+    root: Path,
+    parent: str | None,
+    flow_run: str | None,
+    emit: Emit,
+    force: bool,
+    stages: Mapping[str, Body],
 ) -> StageResult:
     from flows.record import Records
 
@@ -124,7 +130,7 @@ def _bring_up_to_date(
     here, records = _machine(root), Records(root)
     fingerprint = fingerprint_of(seen, here)
     if seen.how == "run":
-        outs, figures, run_id = _run(seen, root, here, records, parent, emit, stages[name], commit=True)
+        outs, figures, run_id = _run(seen, root, here, records, parent, flow_run, emit, stages[name], commit=True)
         result = StageResult(name, "ran", fingerprint, outs, seen.deps, 0.0, figures, run_id)
     else:
         result = _linked(seen, root, fingerprint, records)
@@ -149,10 +155,20 @@ def _linked(seen: Look, root: Path, fingerprint: str, records: Any) -> StageResu
 
 
 def _run(
-    seen: Look, root: Path, here: Machine, records: Any, parent: str | None, emit: Emit, body: Body, *, commit: bool
+    seen: Look,
+    root: Path,
+    here: Machine,
+    records: Any,
+    parent: str | None,
+    flow_run: str | None,
+    emit: Emit,
+    body: Body,
+    *,
+    commit: bool,
 ) -> tuple[dict[str, str], dict[str, Any], str]:
     """Open the record, run the body, move its outputs into place, have them recorded, close."""
-    from flows.record import code_revision
+    from flows.lineage import BATCHES, LEARNERS, learned_batches, spell
+    from flows.record import FLOW_RUN, PARAMS, as_json, code_revision
 
     _check_code(root, seen)
     fingerprint = fingerprint_of(seen, here)
@@ -162,7 +178,8 @@ def _run(
         work.mkdir(parents=True, exist_ok=True)
         tags = {f"dvc.dep.{path}": md5 for path, md5 in seen.deps.items()}
         tags |= {f"machine.{key}": value for key, value in here.tags().items()}
-        tags["code.revision"] = code_revision(root)
+        tags |= {"code.revision": code_revision(root), PARAMS: as_json(seen.params)}
+        tags |= {FLOW_RUN: flow_run} if flow_run else {}
         with records.stage(seen.name, fingerprint, parent, seen.params, tags) as run:
             run.inputs(seen.data)
 
@@ -181,7 +198,11 @@ def _run(
             _move_outputs(seen, root, work / "output")
             outs = pipeline.commit(root, seen) if commit else pipeline.hash_outs(root, seen.name)
             run.outputs(outs)
-            _register(seen, root, records, run.run_id, outs)
+            if seen.name in LEARNERS:
+                tags[BATCHES] = spell(learned_batches(root, seen, records))
+                run.tags({BATCHES: tags[BATCHES]})
+            tags |= {"thumbwheel.flow": parent} if parent else {}
+            _register(seen, root, records, run.run_id, outs, tags)
         files.remove(work)
     finally:
         os.close(lock)
@@ -228,13 +249,15 @@ def _move_outputs(seen: Look, root: Path, output: Path) -> None:
         files.move(part, root / out)
 
 
-def _register(seen: Look, root: Path, records: Any, run_id: str, outs: dict[str, str]) -> None:
+def _register(seen: Look, root: Path, records: Any, run_id: str, outs: dict[str, str], tags: Mapping[str, str]) -> None:
+    """List a model that answers people; its version says what it was made from, and in which flow run."""
     folder = root / "artifacts" / seen.name / "model"
     weights = folder / "model.safetensors"
     if seen.name in VERSIONED and weights.exists():
         with weights.open("rb") as file:
             model_hash = hashlib.file_digest(file, "sha256").hexdigest()
-        records.register(run_id, seen.name, folder, model_hash, outs[f"artifacts/{seen.name}/model"])
+        origin = {key: value for key, value in tags.items() if not key.startswith("dvc.dep.") or key[8:] in seen.data}
+        records.register(run_id, seen.name, folder, model_hash, outs[f"artifacts/{seen.name}/model"], origin)
         records.set_alias("candidate", model_hash)
 
 
@@ -300,7 +323,7 @@ def main(name: str, *, stages: Mapping[str, Body] = STAGES) -> int:
         events = _events(Progress(where.root, name, None), None)
         records = Records(where.root)
         records.close_zombies()
-        _run(seen, where.root, _machine(where.root), records, None, events, stages[name], commit=False)
+        _run(seen, where.root, _machine(where.root), records, None, None, events, stages[name], commit=False)
     return 0
 
 
