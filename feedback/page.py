@@ -99,6 +99,7 @@ def render(request: Request, template: str, status: int = 200, *, vocabulary: st
         script_words=json.dumps(told),
         navigation=navigation(request, name),
         csrf_token=sessions.csrf_token(request.app.state.service.identity, session),
+        may_rate="rate" in caller.scopes,
         signed_in=session.key_id != sessions.NO_KEY,
         other_language=f"?{other.query}",
         **values,

@@ -20,10 +20,9 @@ router = APIRouter(include_in_schema=False)
 @router.get("/you")
 async def you_page(request: Request) -> Response:
     """What is kept of you."""
-    kept = await asyncio.to_thread(look, request.app.state.service.store, person(request))
-    gone = request.query_params.get("withdrawn", "")
-    withdrawn = int(gone) if gone.isascii() and gone.isdecimal() and len(gone) < 10 else None
-    return render(request, "you.html", counts=kept[0], answers=kept[1], withdrawn=withdrawn, newest=personal.NEWEST)
+    counts, answers = await asyncio.to_thread(look, request.app.state.service.store, person(request))
+    withdrawn = "withdrawn" in request.query_params and not any(counts.values())
+    return render(request, "you.html", counts=counts, answers=answers, withdrawn=withdrawn, newest=personal.NEWEST)
 
 
 def look(store: Any, subject: str) -> tuple[dict[str, int], list[Answer]]:
@@ -38,6 +37,5 @@ async def withdraw(request: Request) -> Response:
     form = await read_form(request)
     if form.get("sure") != "yes":
         raise Refused(422, "invalid_request", "sure: tick the box that says that you mean it")
-    done = await erase(request.app.state.service, person(request))
-    number = done.completions + done.opinions if done else 0
-    return RedirectResponse(f"/you?withdrawn={number}", 303, headers={"Cache-Control": "no-store"})
+    await erase(request.app.state.service, person(request))
+    return RedirectResponse("/you?withdrawn", 303, headers={"Cache-Control": "no-store"})

@@ -4,7 +4,7 @@ import { Opinion, askOne, sendOne } from "/assets/opinion.js";
 import { showMarkdown } from "/assets/markdown.js";
 
 export class Answer {
-  // turn: {answer, completion, token, model, thumb, edit}, kept by whoever asked. keep(): the turn has changed. again(): ask
+  // turn: {answer, completion, token, model, thumb, rated, edit, edited}, kept by whoever asked. keep(): the turn has changed. again(): ask
   // for another answer.
   constructor(turn, keep, again) {
     Object.assign(this, { turn, keep, again });
@@ -61,7 +61,9 @@ export class Answer {
     const comment = this.find(".comment");
     why.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.thumb.wish({ ...this.thumb.state, comment: comment.value.trim() });
+      comment.value = comment.value.trim();
+      this.comment = comment.value;
+      this.thumb.wish({ ...this.thumb.state, comment: comment.value });
     });
     this.find(".because").addEventListener("click", () => this.showWhy(why.hidden));
     this.showThumb();
@@ -81,6 +83,7 @@ export class Answer {
   undo() {
     if (!this.thumb.state) return;
     const had = this.element.contains(document.activeElement) && document.activeElement.matches(".undo");
+    this.find(".comment").value = this.comment = "";
     this.thumb.wish(null);
     this.showWhy(false);
     if (had) this.find(".up").focus(); // the button that had the focus is gone
@@ -109,10 +112,17 @@ export class Answer {
     for (const chip of this.element.querySelectorAll(".why .chip")) {
       chip.setAttribute("aria-pressed", String(Boolean(state) && state.reasons.includes(chip.dataset.code)));
     }
-    const comment = this.find(".comment");
-    if (document.activeElement !== comment) comment.value = state ? state.comment : "";
+    this.showComment(state ? state.comment : "");
     this.turn.thumb = said;
+    this.turn.rated = this.turn.rated || Boolean(state);
     this.keep();
+  }
+
+  // unless somebody is writing another one
+  showComment(text) {
+    const box = this.find(".comment");
+    if (box.value === (this.comment || "")) box.value = text;
+    this.comment = text;
   }
 
   offerEdit() {
@@ -162,13 +172,14 @@ export class Answer {
     this.find(".correction-text").textContent = state ? state.correction : "";
     this.find(".edit-line").hidden = false;
     this.turn.edit = this.edit.said;
+    this.turn.edited = this.turn.edited || Boolean(state);
     this.keep();
   }
 
-  // after a reload: what the server has
+  // after a reload: what the server has; of what was under way then, only the server knows whether it arrived
   async refresh() {
-    if (this.turn.thumb) await this.refreshOne(this.thumb, "thumb", ({ value, reasons, comment }) => ({ value, reasons, comment }));
-    if (this.turn.edit) await this.refreshOne(this.edit, "edit", ({ correction }) => ({ correction }));
+    if (this.turn.rated) await this.refreshOne(this.thumb, "thumb", ({ value, reasons, comment }) => ({ value, reasons, comment }));
+    if (this.turn.edited) await this.refreshOne(this.edit, "edit", ({ correction }) => ({ correction }));
   }
 
   async refreshOne(opinion, kind, state) {

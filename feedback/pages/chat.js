@@ -13,7 +13,7 @@ const send = document.getElementById("send");
 const modelLabel = document.getElementById("model");
 const KEPT = "thumbwheel.conversation";
 
-// {id, turns: [{question, answer, completion, token, model, start, thumb, edit, rival, …}]}; kept for this tab, so that a
+// {id, turns: [{question, answer, completion, token, model, start, and what Answer and Comparison add}]}; kept for this tab, so that a
 // reload shows it again. start: the first of the turns that the answer's model was told.
 let conversation = kept() || fresh();
 let running = null;
@@ -120,7 +120,7 @@ async function stream(turn, extra, into, write, signal) {
       signal,
     });
     if (response.ok) break;
-    const told = (await response.json()).error;
+    const { error: told = { message: "HTTP " + response.status } } = await response.json().catch(() => ({}));
     if (told.code !== "context_length_exceeded" || before.length === 0 || extra.parent) throw new Error(told.message);
     turn.start += Math.ceil(before.length / 2);
     noteOnce();
@@ -196,11 +196,10 @@ async function another(answer) {
 
 // Go on with the chosen answer of an open comparison, or with the first.
 function settle() {
-  const turn = conversation.turns.at(-1);
   const open = log.querySelector(".compare");
   if (!open) return null;
   if (running) running.abort();
-  const settled = Comparison.settle(turn);
+  const settled = open.comparison.settle();
   conversation.turns[conversation.turns.length - 1] = settled;
   const answer = new Answer(settled, keep, () => another(answer));
   const had = open.contains(document.activeElement);

@@ -105,9 +105,10 @@ export class Comparison {
   }
 
   // The turn with the chosen answer, or with the first one where none is.
-  static settle(turn) {
-    const { rival, verdict, swapped, ...first } = turn;
-    if (!rival || !verdict || verdict.chosen !== rival.completion) return first;
-    return { ...first, ...rival, thumb: null, edit: null };
+  settle() {
+    const { rival, verdict, swapped, ...first } = this.turn;
+    const state = this.opinion.state;
+    if (!state || state.chosen === null || state.chosen !== rival.completion) return first;
+    return { ...first, ...rival, thumb: null, rated: false, edit: null, edited: false };
   }
 }

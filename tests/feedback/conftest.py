@@ -18,7 +18,7 @@ import pytest
 from fastapi.testclient import TestClient
 from parrot import ParrotServer
 
-from feedback import completions
+from feedback import completions, keys
 from feedback.completions import Completion
 from feedback.engine import DecoderEngine
 from feedback.service import create_app
@@ -208,15 +208,33 @@ def server(two_models: tuple[Path, str, str], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def parrot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service on SQLite before a server that says again what it was told (parrot.py), for pages."""
-    upstream = ParrotServer()
-    folder = tmp_path_factory.mktemp("parrot")
-    server = Server(f"sqlite:///{folder}/feedback.db", folder / "models", {"THUMBWHEEL_ENGINE_URL": upstream.url})
-    server.wait_for("/readyz")
-    yield server
-    server.close()
+def parrot_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, str]], Server]]:
+    """Start a service on SQLite with settings, before a server that says again what it was told (parrot.py): for pages."""
+    upstream, servers = ParrotServer(), []
+
+    def start(env: dict[str, str]) -> Server:
+        url = f"sqlite:///{tmp_path_factory.mktemp('parrot')}/feedback.db"
+        if "THUMBWHEEL_REQUIRE_KEYS" in env:
+            store = Store(url)
+            store.migrate()
+            with store.write() as connection:
+                keys.create(connection, "the one without which it does not start", ["admin"], "command:test")
+            store.close()
+        folder = tmp_path_factory.mktemp("models")
+        servers.append(Server(url, folder, {"THUMBWHEEL_ENGINE_URL": upstream.url, **env}))
+        servers[-1].wait_for("/readyz")
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
     upstream.close()
+
+
+@pytest.fixture(scope="module")
+def parrot(parrot_with: Callable[[dict[str, str]], Server]) -> Server:
+    """A service that says again what it was told, and asks nobody for a key."""
+    return parrot_with({})
 
 
 @pytest.fixture(scope="module")  # not the session: as long as it runs, asyncio.run fails in this thread

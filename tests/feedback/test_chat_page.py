@@ -107,8 +107,9 @@ def test_reasons_and_a_comment_keep_the_thumb_and_are_codes_in_every_language(vi
     answer.locator(".up").click()
     wait_for_state(answer, "已保存")
     answer.get_by_role("button", name="有帮助").click()
-    answer.get_by_role("button", name="写得好").click()
     answer.get_by_placeholder("还想说点什么").fill("  <b>不错</b>  ")
+    answer.get_by_role("button", name="写得好").click()
+    wait_for_state(answer, "已保存")
     answer.get_by_role("button", name="保存").click()
     page.wait_for_function("document.querySelector('.tools .saved') && !document.querySelector('.retry:not([hidden])')")
     chips = answer.get_by_role("group", name="好在哪里？").get_by_role("button")
@@ -128,6 +129,16 @@ def test_reasons_and_a_comment_keep_the_thumb_and_are_codes_in_every_language(vi
     assert (said["value"], said["reasons"], said["comment"]) == (-1, [], "<b>不错</b>")  # other reasons than before
     answer.get_by_role("button", name="有错误").wait_for()
     harmless(page, parrot.url)
+
+
+def test_a_vote_that_arrives_while_the_page_is_reloaded_is_shown_afterwards(visit: Any, parrot: Any) -> None:
+    page = visit(parrot.url)
+    answer = ask(page, "hello")
+    page.route("**/thumb", lambda route: (route.fetch(), page.unroute("**/thumb")))  # it arrives, the page never hears
+    answer.locator(".up").click()
+    page.wait_for_timeout(300)
+    page.reload()
+    page.wait_for_function("document.querySelector('.up').getAttribute('aria-pressed') === 'true'")
 
 
 def test_a_better_answer_is_kept_changed_and_taken_back(visit: Any, parrot: Any) -> None:
@@ -309,18 +320,35 @@ def test_it_fits_a_telephone_and_speaks_chinese(visit: Any, parrot: Any, width: 
 
 
 @pytest.mark.skipif(not os.environ.get("THUMBWHEEL_SCREENSHOTS"), reason="THUMBWHEEL_SCREENSHOTS names no folder")
-def test_pictures_for_the_documentation(page: Any) -> None:
+def test_pictures_for_the_documentation(visit: Any, server: Any) -> None:
     """Of this checkout's own chat service where it runs (after `make up`), else of the tests' random model."""
-    folder = os.environ["THUMBWHEEL_SCREENSHOTS"]
-    running = Path(__file__).parents[2] / ".thumbwheel" / "servers.json"
+    folder = Path(os.environ["THUMBWHEEL_SCREENSHOTS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    running, url = Path(__file__).parents[2] / ".thumbwheel" / "servers.json", server.url
     if running.exists() and (service := json.loads(running.read_text()).get("service")):
-        page.goto(service["url"])
-    for text, thumb in (("Do you like music?", "Good answer"), ("What did you do today?", "Bad answer")):
+        url = service["url"]
+    page = visit(url, viewport={"width": 1100, "height": 820}, reduced_motion="reduce")
+    for text, thumb, reasons in (
+        ("Do you like music?", "Bad answer", []),
+        ("Name three fruits, as a list.", "Good answer", ["Helpful", "Well written"]),
+    ):
         answer = ask(page, text)
         answer.get_by_role("button", name=thumb).click()
+        for reason in reasons:
+            answer.get_by_role("button", name=reason).click()
         wait_for_state(answer, "Saved")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=str(Path(folder) / "chat.png"))
+    page.mouse.move(0, 0)
+    page.screenshot(path=str(folder / "chat.png"))
+    page.get_by_role("button", name="New chat").click()
+    ask(page, "What should I cook tonight?").locator(".again").click()
+    page.locator(".choose:enabled").first.wait_for()
+    page.screenshot(path=str(folder / "compare.png"))
+    telephone = {"viewport": {"width": 390, "height": 780}, "color_scheme": "dark", "locale": "zh-CN"}
+    page = visit(url, **telephone, reduced_motion="reduce")
+    answer = ask(page, "What is the capital of France?")
+    answer.get_by_role("button", name="回答得好", exact=True).click()
+    wait_for_state(answer, "已保存")
+    page.screenshot(path=str(folder / "telephone.png"))
 
 
 def test_the_language_follows_what_is_asked_and_accepted() -> None:

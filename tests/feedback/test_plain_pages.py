@@ -94,8 +94,10 @@ def test_ones_own_data_is_shown_downloaded_and_withdrawn_without_scripts(visit: 
     assert tab.url.endswith("/you") and tab.locator(".figures .card").count() == 2  # the box is not ticked
     tab.get_by_label("I want all of it to be erased").check()
     tab.get_by_role("button", name="Withdraw everything").click()
-    tab.get_by_text("Everything was withdrawn. (2)").wait_for()
+    tab.get_by_text("Everything was withdrawn.").wait_for()
     tab.get_by_text("Nothing is kept of you.").wait_for()
+    tab.goto(f"{parrot.url}/you")  # only then does it say so
+    assert tab.get_by_text("Everything was withdrawn.").count() == 0
     row = parrot.store.completion(data["completions"][0]["id"])
     assert (row.status, row.response, row.request_messages) == ("erased", "", [])
     other.reload()
@@ -103,10 +105,42 @@ def test_ones_own_data_is_shown_downloaded_and_withdrawn_without_scripts(visit: 
     mine.goto(f"{parrot.url}/you")
     mine.get_by_label("I want all of it to be erased").check()
     mine.get_by_role("button", name="Withdraw everything").click()
-    mine.get_by_text("Everything was withdrawn. (0)").wait_for()
+    mine.get_by_text("Everything was withdrawn.").wait_for()
     mine.goto(parrot.url)
     assert mine.locator(".turn").count() == 0  # nor does the tab keep it
     assert mine.complaints == []
+
+
+@browser_test
+def test_a_visitor_rates_with_the_answers_own_tokens_and_who_may_only_ask_sees_no_thumbs(
+    visit: Any, parrot_with: Any
+) -> None:
+    server = parrot_with({"THUMBWHEEL_REQUIRE_KEYS": "1", "THUMBWHEEL_VISITOR_SCOPES": "chat rate"})
+    tab = visit(server.url)
+    answer = ask(tab, "answer N times: hello")
+    answer.locator(".up").click()
+    wait_for_state(answer, "Saved")
+    answer.locator(".again").click()
+    tab.locator(".choose:enabled").first.wait_for()
+    tab.get_by_role("button", name="Left is better").click()
+    tab.locator(".compare .state.saved").wait_for()
+    plain = visit(server.url, java_script_enabled=False)
+    plain.locator("#text").fill("hello")
+    plain.locator("#send").click()
+    plain.locator(".up").click()
+    assert plain.locator(".up").get_attribute("aria-pressed") == "true"
+    kinds = [(event.op, event.payload["kind"]) for event in server.store.events()]
+    assert kinds == [("create", "thumb"), ("create", "comparison"), ("create", "thumb")]
+    server = parrot_with({"THUMBWHEEL_REQUIRE_KEYS": "1", "THUMBWHEEL_VISITOR_SCOPES": "chat"})
+    tab = visit(server.url)
+    assert tab.get_by_role("navigation").get_by_role("link").all_inner_texts() == ["Chat"]
+    tab.locator("#text").fill("hello")
+    tab.keyboard.press("Enter")
+    tab.locator(".theirs .version", has_text=re.compile(".")).wait_for()
+    assert not tab.locator(".up").is_visible()
+    tab.goto(f"{server.url}/you")
+    assert tab.url == f"{server.url}/"
+    assert tab.complaints == []
 
 
 def form_of(client: httpx.Client, path: str) -> dict[str, str]:
