@@ -68,7 +68,7 @@ def sent(file: IO[bytes], media_type: str, headers: dict[str, str]) -> Streaming
 
 @router.get("/subjects/me", response_class=StreamingResponse)
 async def get_me(request: Request, user: User = None) -> StreamingResponse:
-    """Everything that is kept of you: {"subject", "completions", "feedback", "events"}."""
+    """Everything that is kept of you: {"subject", "completions", "feedback", "events", "assignments"}."""
     subject = speaker(request, user)
     file = await asyncio.to_thread(own_data, request.app.state.service.store, subject)
     return sent(file, "application/json", {"Content-Disposition": 'attachment; filename="my-data.json"'})
@@ -87,7 +87,7 @@ def own_json(subject: str, rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterat
     """The document, piece by piece."""
     yield f'{{"subject": {json.dumps(subject)}'
     row = next(rows, None)
-    for name in ("completions", "feedback", "events"):
+    for name in ("completions", "feedback", "events", "assignments"):
         yield f',\n"{name}": ['
         comma = ""
         while row is not None and row[0] == name:

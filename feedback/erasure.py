@@ -14,8 +14,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from feedback import opinions
-from feedback.tables import BatchItemRow, BatchRow, CompletionRow, ErasureRow, EventRow, FeedbackRow, table_of
+from feedback import labelling, opinions
+from feedback.tables import (
+    AssignmentRow,
+    BatchItemRow,
+    BatchRow,
+    CompletionRow,
+    ErasureRow,
+    EventRow,
+    FeedbackRow,
+    table_of,
+)
 
 completion, feedback, event_log = (table_of(row) for row in (CompletionRow, FeedbackRow, EventRow))
 batch, item, erasure = (table_of(row) for row in (BatchRow, BatchItemRow, ErasureRow))
@@ -69,7 +78,7 @@ def erase(connection: sa.Connection, subject: str) -> Erasure | None:
     """
     asked = list(connection.execute(sa.select(completion.c.id).where(completion.c.subject == subject)).scalars())
     rows = opinions_about(connection, asked, subject)
-    if not asked and not rows:
+    if not asked and not rows and not labelling.touched(connection, subject):
         return None
     batches = tombstone_batches(connection, [row.id for row in rows])
     values: dict[str, Any] = {
@@ -85,6 +94,8 @@ def erase(connection: sa.Connection, subject: str) -> Erasure | None:
     nobody = f"erased-{made[0]}"
     for ids in chunks(asked):
         connection.execute(sa.update(completion).where(completion.c.id.in_(ids)).values(subject=nobody, **NO_ANSWER))
+        labelling.close_about(connection, ids)
+    labelling.forget(connection, subject, nobody)
     for row in rows:
         erase_opinion(connection, row, nobody if row.subject == subject else row.subject, values["erased_at"])
     return Erasure(id=made[0], **values)
@@ -159,8 +170,13 @@ def chunks(ids: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def own(connection: sa.Connection, subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Everything of a person: ("completions", row), then ("feedback", row), then ("events", row), as plain values."""
-    tables = {"completions": completion, "feedback": feedback, "events": event_log}
+    """Everything of a person: ("completions", row), then "feedback", "events" and "assignments", as plain values."""
+    tables = {
+        "completions": completion,
+        "feedback": feedback,
+        "events": event_log,
+        "assignments": table_of(AssignmentRow),
+    }
     for name, table in tables.items():
         query = sa.select(table).where(table.c.subject == subject).order_by(*table.primary_key.columns)
         for row in connection.execute(query, execution_options={"yield_per": CHUNK}):

@@ -36,6 +36,8 @@ MODERATION = ("pending", "accepted", "quarantined", "rejected", "erased")
 STATUSES = ("streaming", "complete", "aborted", "error", "erased")
 ORIGINS = ("decoder", "remote", "import")
 OPERATIONS = ("create", "revise", "retract", "moderate", "erase")
+TASK_ORIGINS = ("given", "asked", "traffic")  # answers given, or asked for: to a prompt given, or to one of people's
+ASSIGNMENTS = ("open", "ranked", "skipped")
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -340,3 +342,72 @@ class AuditRow(Table):
     before: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     after: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class TaskRow(Table):
+    """A prompt whose answers people are asked to rank. What was asked stands with the answers, not here."""
+
+    __tablename__ = "labelling_task"
+    __table_args__ = (
+        UniqueConstraint("name"),
+        CheckConstraint(one_of("origin", TASK_ORIGINS), name="origin"),
+        CheckConstraint("raters >= 1", name="raters"),
+        CheckConstraint("gold = (expected IS NOT NULL)", name="gold"),
+        Index(
+            "ix_labelling_task_open",
+            "created_at",
+            "id",
+            sqlite_where=text("closed_at IS NULL"),
+            postgresql_where=text("closed_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)  # random: it must not tell when or why it was made
+    name: Mapped[str] = mapped_column(String(64))  # a hash of what it asks for, so that making it again adds nothing
+    origin: Mapped[str] = mapped_column(String(16))
+    gold: Mapped[bool] = mapped_column(
+        Boolean
+    )  # the right order is known; such a task is for everybody, and never done
+    expected: Mapped[list[list[int]] | None] = mapped_column(JSON(none_as_null=True))  # places, best first, in groups
+    gold_by: Mapped[str | None] = mapped_column(String(64))  # the expert whose ranking is the right one, if one's is
+    raters: Mapped[int] = mapped_column(Integer)  # how many different people are to rank it
+    created_at: Mapped[datetime] = mapped_column(UtcTime)
+    closed_at: Mapped[datetime | None] = mapped_column(UtcTime)
+
+
+class TaskAnswerRow(Table):
+    """One of the answers of a task. place: from 0, as they were given when it was made; never shown."""
+
+    __tablename__ = "labelling_answer"
+    __table_args__ = (
+        UniqueConstraint("task_id", "completion_id"),
+        CheckConstraint("place >= 0 AND place < 9", name="place"),
+        Index(None, "completion_id"),
+    )
+
+    task_id: Mapped[str] = mapped_column(ForeignKey("labelling_task.id", ondelete="CASCADE"), primary_key=True)
+    place: Mapped[int] = mapped_column(Integer, primary_key=True)
+    completion_id: Mapped[str] = mapped_column(ForeignKey("completion.id", ondelete="CASCADE"))
+
+
+class AssignmentRow(Table):
+    """A task in somebody's hands, or what became of it there. One a person and task, so nobody gets a task twice."""
+
+    __tablename__ = "labelling_assignment"
+    __table_args__ = (
+        CheckConstraint(one_of("state", ASSIGNMENTS), name="state"),
+        CheckConstraint("(state = 'ranked') = (feedback_id IS NOT NULL)", name="ranked"),
+        CheckConstraint("(state = 'open') = (finished_at IS NULL)", name="finished"),
+        Index(None, "subject", "state"),
+        Index(None, "feedback_id"),
+    )
+
+    task_id: Mapped[str] = mapped_column(ForeignKey("labelling_task.id", ondelete="CASCADE"), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(64), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    shown: Mapped[list[int]] = mapped_column(JSON)  # the answers' places, in the order in which this person sees them
+    given_at: Mapped[datetime] = mapped_column(UtcTime)
+    lease_until: Mapped[datetime] = mapped_column(UtcTime)  # from then on others may get it, while it is open
+    finished_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    reason: Mapped[str] = mapped_column(Text)  # why it was skipped
+    feedback_id: Mapped[int | None] = mapped_column(ForeignKey("feedback.id", ondelete="CASCADE"))
