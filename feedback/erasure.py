@@ -1,22 +1,24 @@
 """Erasure: a person's words leave the tables, rows without words stay, so that counts and sequence numbers stay true.
 
 Erased are the answers that the person asked for, whoever rated them, and the opinions that the person gave. Their rows lose
-every word and token, and their name; the log gets an event for each opinion, so that whoever follows it erases too.
+every word and token, and their name; the log gets an event for each opinion, so that whoever follows it erases too. The audit
+gets an entry that names the person by a hash of a hash (`tombstone`), so that an import does not bring them back.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from feedback import labelling, opinions
+from feedback import audit, labelling, opinions
 from feedback.tables import (
     AssignmentRow,
+    AuditRow,
     BatchItemRow,
     BatchRow,
     CompletionRow,
@@ -29,6 +31,8 @@ from feedback.tables import (
 completion, feedback, event_log = (table_of(row) for row in (CompletionRow, FeedbackRow, EventRow))
 batch, item, erasure = (table_of(row) for row in (BatchRow, BatchItemRow, ErasureRow))
 CHUNK = 500  # ids in one statement
+ACT = "subject.erase"
+PERSON = "the person"  # who erased, where it was they themselves
 
 NO_WORDS: dict[str, Any] = {
     "value": 0,
@@ -71,14 +75,17 @@ class Erasure:
     flagged_at: datetime | None
 
 
-def erase(connection: sa.Connection, subject: str) -> Erasure | None:
+def erase(connection: sa.Connection, subject: str, actor: str = PERSON) -> Erasure | None:
     """Erase a person, under the store's write lock; None when there was nothing of theirs.
 
-    On SQLite the bytes are gone from the file after Store.scrub.
+    actor: who does it, for the audit. Somebody else's act is noted even where there was nothing, so that no import brings that
+    person in later. On SQLite the bytes are gone from the file after Store.scrub.
     """
     asked = list(connection.execute(sa.select(completion.c.id).where(completion.c.subject == subject)).scalars())
     rows = opinions_about(connection, asked, subject)
     if not asked and not rows and not labelling.touched(connection, subject):
+        if actor != PERSON and not erased_before(connection, [subject]):
+            audit.record(connection, actor, ACT, tombstone(subject), after={"completions": 0, "opinions": 0})
         return None
     batches = tombstone_batches(connection, [row.id for row in rows])
     values: dict[str, Any] = {
@@ -92,6 +99,8 @@ def erase(connection: sa.Connection, subject: str) -> Erasure | None:
     made = connection.execute(sa.insert(erasure), values).inserted_primary_key
     assert made is not None
     nobody = f"erased-{made[0]}"
+    counts = {"erasure": made[0], "completions": len(asked), "opinions": len(rows)}
+    audit.record(connection, actor, ACT, tombstone(subject), after=counts)
     for ids in chunks(asked):
         connection.execute(sa.update(completion).where(completion.c.id.in_(ids)).values(subject=nobody, **NO_ANSWER))
         labelling.close_about(connection, ids)
@@ -99,6 +108,22 @@ def erase(connection: sa.Connection, subject: str) -> Erasure | None:
     for row in rows:
         erase_opinion(connection, row, nobody if row.subject == subject else row.subject, values["erased_at"])
     return Erasure(id=made[0], **values)
+
+
+def tombstone(subject: str) -> str:
+    """How the audit calls somebody who was erased. It joins with nothing that stands in the tables, and only who has the
+    secret key and the name can make it anew."""
+    return "subject:" + opinions.sha256(["erased", subject])[:32]
+
+
+def erased_before(connection: sa.Connection, subjects: Iterable[str]) -> set[str]:
+    """Which of these subjects were erased once."""
+    names = {tombstone(subject): subject for subject in subjects}
+    acts, found = table_of(AuditRow), set[str]()
+    for targets in chunks(sorted(names)):
+        query = sa.select(acts.c.target).where(acts.c.target.in_(targets), acts.c.act == ACT)
+        found.update(names[target] for target in connection.execute(query).scalars())
+    return found
 
 
 def opinions_about(connection: sa.Connection, asked: list[str], subject: str) -> list[sa.Row[Any]]:

@@ -6,6 +6,7 @@ was killed is begun anew and finds what it had done: the same rows, and not one 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ import sqlalchemy as sa
 from feedback import completions, logs, opinions
 from feedback.comparisons import compared
 from feedback.completions import Completion
+from feedback.erasure import erased_before
 from feedback.identity import Identity
 from feedback.logs import Opinion, Problem, Row
 from feedback.opinions import Refused, Vote, sha256
@@ -39,12 +41,13 @@ class Tally:
     revised: int = 0
     known: int = 0
     rejected: int = 0
+    erased: int = 0  # rows of people whose data was erased: left out
     unread: set[str] = field(default_factory=set)  # columns that nobody looked at
 
     @property
     def rows(self) -> int:
         """All of them."""
-        return self.created + self.revised + self.known + self.rejected
+        return self.created + self.revised + self.known + self.rejected + self.erased
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,16 @@ class Namer:
     """Names for what rows say: the same for the same file again.
 
     A row without a user is by somebody unknown: the n-th row about an answer is by the n-th unknown person, so that equal
-    rows are the opinions of several people. An equal row of the same user comes later and is another event.
+    rows are the opinions of several people. A row that says again what its user said last has that row's name; one that goes
+    back to what was said before comes later and is another event.
     """
 
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
+    def __init__(self, identity: Identity, source: str) -> None:
+        """source: of rows that name none."""
+        self.identity, self.source = identity, source
         self.unknown: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
+        self.last: dict[str, tuple[str, str]] = {}  # what was said last of an opinion, and the name of that row
 
     def name(self, row: Row, opinion: Opinion) -> Named:
         """Give a row its names."""
@@ -79,8 +85,16 @@ class Namer:
             self.unknown[about] += 1
             subject = self.identity.subject("import", "", str(self.unknown[about]))
         content = sha256([*said, opinion.value, opinion.comment, opinion.source, subject])
-        self.seen[content] += 1
-        return Named(row, opinion, subject, f"import-{sha256([content, self.seen[content]])[:48]}")
+        whose = opinion.source or self.source
+        state = sha256([*said, opinion.value, opinion.comment, whose, opinion.locale])
+        answers = sorted([opinion.response, opinion.rejected or ""])
+        about = sha256([opinion.messages, answers, opinion.model, subject])
+        before, key = self.last.get(about, ("", ""))
+        if state != before:
+            self.seen[content] += 1
+            key = f"import-{sha256([content, self.seen[content]])[:48]}"
+            self.last[about] = state, key
+        return Named(row, opinion, subject, key)
 
 
 @dataclass(frozen=True)
@@ -111,11 +125,11 @@ def load(
 ) -> Tally:
     """Import a file; rows that cannot be taken stand in `rejected` as jsonl, with their line, field, problem and remedy.
 
-    dry_run: everything is done and taken back again, so that what it says is what would happen. Raises ValueError and
-    OSError for a file that cannot be read.
+    dry_run: everything is done and taken back again, so that what it says is what would happen. Rows of people who were
+    erased are left out. Raises ValueError and OSError for a file that cannot be read.
     """
     kind = logs.container(path, options.format)
-    tally, namer = Tally(), Namer(identity)
+    tally, namer, before = Tally(), Namer(identity, options.source), Before(options)
     draft = rejected.with_name(rejected.name + ".draft")
     try:
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as refused:
@@ -127,7 +141,7 @@ def load(
 
             named = readable(logs.rows(path, kind), namer, options, refuse, tally)
             while chunk := list(islice(named, CHUNK)):
-                write(store, chunk, options, refuse, tally)
+                write(store, chunk, options, refuse, tally, before)
                 report(chunk[-1].row.done)
         if tally.rejected:
             draft.replace(rejected)
@@ -154,13 +168,48 @@ class TakenBack(Exception):
     """A dry run's transaction ends without being committed."""
 
 
+class Before:
+    """In a dry run: what earlier chunks said last of each opinion. Their transactions were taken back, so it is said again,
+    uncounted, before what a chunk says of the same."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.last: dict[tuple[str, ...], Named] = {}
+
+    def said_again(self, chunk: list[Named]) -> list[Named]:
+        """The rows of earlier chunks that this one, which comes next, revises or repeats."""
+        if not self.options.dry_run:
+            return []
+        keys = [self.natural_key(named) for named in chunk]
+        again = [self.last[key] for key in dict.fromkeys(keys) if key in self.last]
+        self.last.update(zip(keys, chunk, strict=True))
+        return again
+
+    def natural_key(self, named: Named) -> tuple[str, ...]:
+        """What two rows share that are states of one opinion."""
+        vote = vote_of(named, self.options)
+        return vote.completion_id, vote.subject, vote.kind, vote.other
+
+
 def write(
-    store: Store, chunk: list[Named], options: Options, refuse: Callable[[Row, Problem], None], tally: Tally
+    store: Store,
+    chunk: list[Named],
+    options: Options,
+    refuse: Callable[[Row, Problem], None],
+    tally: Tally,
+    before: Before,
 ) -> None:
     """One transaction."""
     try:
         with store.write() as connection:
-            insert_answers(connection, chunk)
+            gone = erased_before(connection, {named.subject for named in chunk})
+            tally.erased += sum(named.subject in gone for named in chunk)
+            chunk = [named for named in chunk if named.subject not in gone]
+            again = before.said_again(chunk)
+            insert_answers(connection, [*again, *chunk])
+            for named in again:
+                with contextlib.suppress(Refused):  # it was refused when its own turn was
+                    opinions.vote(connection, vote_of(named, options))
             for named in chunk:
                 try:
                     _, how = opinions.vote(connection, vote_of(named, options))

@@ -274,10 +274,10 @@ class Store:
 
     # erasure
 
-    def erase(self, subject: str) -> Erasure | None:
+    def erase(self, subject: str, actor: str = erasure.PERSON) -> Erasure | None:
         """Erase everything of a person, the bytes in the database's file too; see erasure.erase."""
         with self.write() as connection:
-            done = erasure.erase(connection, subject)
+            done = erasure.erase(connection, subject, actor)
         self.scrub()
         return done
 

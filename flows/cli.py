@@ -285,10 +285,31 @@ def import_log(
         raise _fail(error) from error
     would = "would be " if dry_run else ""
     typer.echo(f"{tally.created} opinions {would}added, {tally.revised} revised, {tally.known} were known already")
+    if tally.erased:
+        typer.echo(f"{tally.erased} rows are of people whose data was erased, and were left out")
     if tally.unread:
         typer.echo(f"columns that nobody read: {', '.join(sorted(tally.unread))}", err=True)
     if tally.rejected:
         raise _fail(f"{tally.rejected} of {tally.rows} rows were not taken; {refused} says why, row by row")
+
+
+@app.command()
+def erase(
+    user: Annotated[str, typer.Option(help="the name, as an import or a program's `user` gave it")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Erase everything of a person, for good: of imports, of this machine's programs, and of every API key's users."""
+    from flows.erasing import erase_user
+
+    if not yes and not typer.confirm(f"Erase everything of {user!r}? It cannot be brought back."):
+        raise typer.Exit(1)
+    root = _enter()
+    try:
+        with _opinions() as store:
+            for line in erase_user(root, store, user, _actor()):
+                typer.echo(line)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
 
 
 @key_app.command("create")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from feedback import logs
+from feedback import audit, logs
 from feedback.identity import Identity
 from feedback.importing import Options, Tally, load
 from feedback.store import Store
@@ -223,15 +223,68 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(store: Store, tmp_p
     assert bring(store, path).created == 1
 
 
+def test_a_dry_run_counts_an_opinion_once_however_far_apart_its_rows_stand(store: Store, tmp_path: Path) -> None:
+    def pair(better: str, worse: str) -> dict[str, str]:
+        return {"prompt": "p", "chosen": better, "rejected": worse, "user": "ann"}
+
+    filling = [{"prompt": f"q{n}", "response": "r", "value": 1} for n in range(450)]  # more than two transactions
+    ann = {"prompt": "a", "response": "b", "user": "ann"}
+    path = write_lines(
+        tmp_path / "log.jsonl",
+        *({**ann, "value": 1}, pair("x", "y")),
+        *filling[:220],
+        *({**ann, "value": -1}, pair("y", "x")),
+        *filling[220:],
+        *({**ann, "value": -1}, {**ann, "value": 1}, pair("x", "y")),
+    )
+    would = bring(store, path, dry_run=True)
+    assert store.events() == []
+    assert (would.created, would.revised, would.known) == (452, 4, 1)
+    assert vars(bring(store, path)) == vars(would)
+    log = store.events()
+    for dry_run in (True, False):  # a row that only repeated the one before it must not undo what came after
+        assert bring(store, path, dry_run=dry_run).known == 457
+    assert store.events() == log
+
+
+def test_people_who_were_erased_are_not_brought_back_and_the_file_of_refusals_does_not_quote_them(
+    store: Store, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "a", "response": "b", "value": 1, "user": "bob"},
+        {"prompt": "a", "response": "b", "value": -1, "user": "ann", "comment": "a secret of hers"},
+        {"prompt": "her own question", "response": "c", "value": -1, "user": "ann"},
+    ]
+    path = write_lines(tmp_path / "log.jsonl", *rows)
+    bring(store, path)
+    assert store.erase(IDENTITY.subject("import", "ann"), "command:eve") is not None
+    before = store.events()
+    for dry_run in (True, False):
+        tally = bring(store, path, dry_run=dry_run)
+        assert (tally.known, tally.erased, tally.created, tally.rejected, tally.rows) == (1, 2, 0, 0, 3)
+    assert store.events() == before and not path.with_name("rejected.jsonl").exists()
+    assert store.erase(IDENTITY.subject("import", "carl"), "command:eve") is None  # before anything of his came
+    carl = write_lines(tmp_path / "carl.jsonl", {"prompt": "x", "response": "y", "value": 1, "user": "carl"})
+    assert (bring(store, carl).erased, store.events()) == (1, before)
+    with store.read() as connection:
+        acts = audit.entries(connection)
+        kept = set(connection.execute(sa.select(FeedbackRow.subject)).scalars())
+    assert [(act.actor, act.act) for act in acts] == [("command:eve", "subject.erase")] * 2
+    assert [act.after["opinions"] for act in acts if act.after] == [2, 0]
+    names = {IDENTITY.subject("import", name) for name in ("ann", "carl")}
+    assert not any(name in act.target for act in acts for name in names) and kept.isdisjoint(names)
+
+
 def test_an_erased_answer_does_not_come_back(store: Store, tmp_path: Path) -> None:
     from feedback import erasure
 
-    path = write_lines(tmp_path / "log.jsonl", {"prompt": "a", "response": "b", "value": 1, "user": "ann"})
-    bring(store, path)
+    asked = {"prompt": "a", "response": "b", "value": 1}
+    bring(store, write_lines(tmp_path / "log.jsonl", {**asked, "user": "ann"}))
     with store.write() as connection:
         assert erasure.erase(connection, IDENTITY.subject("import", "ann")) is not None
+    path = write_lines(tmp_path / "log.jsonl", {**asked, "user": "ann"}, {**asked, "user": "bob"})
     tally = bring(store, path)
-    assert (tally.created, tally.rejected) == (0, 1)
+    assert (tally.created, tally.erased, tally.rejected) == (0, 1, 1)
     assert "erased" in path.with_name("rejected.jsonl").read_text()
 
 
