@@ -294,6 +294,35 @@ def import_log(
 
 
 @app.command()
+def trace(
+    name: Annotated[
+        str, typer.Argument(help="an answer's id, an opinion's number, v3, or a model's hash (8 digits do)")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print plain JSON")] = False,
+) -> None:
+    """Say which models learned from an opinion, or which opinions a model learned from."""
+    import json
+
+    from rich.console import Console
+
+    root = _enter()
+    from flows import trace as lineage
+    from flows.record import Records
+
+    try:
+        with _opinions() as store:
+            found = lineage.trace(root, store, Records(root), name)
+    except LookupError as error:
+        raise _fail(error) from error
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    for picture in lineage.pictures(found):
+        console.print(picture)
+
+
+@app.command()
 def erase(
     user: Annotated[str, typer.Option(help="the name, as an import or a program's `user` gave it")],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
