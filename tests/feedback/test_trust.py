@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from feedback import trust
+from feedback import opinions, trust
 from feedback.opinions import Vote
 from feedback.store import Store
 from feedback.tables import BatchItemRow, FeedbackRow
@@ -24,12 +24,12 @@ feedback, item = FeedbackRow.__table__, BatchItemRow.__table__
 def panel(store: Store, answer: Answer, raters: dict[str, float], answers: int, seed: int = 1) -> list[str]:
     """Answers, half of them good, each judged by everybody, who is right with the given probability. Returns the ids."""
     rng = random.Random(seed)
-    ids = []
-    for number in range(answers):
-        ids.append(answer(f"prompt {number}"))
-        good = 1 if number % 2 else -1
-        for name, p in raters.items():
-            store.vote(Vote(ids[-1], name, value=good if rng.random() < p else -good))
+    ids = [answer(f"prompt {number}") for number in range(answers)]
+    with store.write() as connection:
+        for number, id in enumerate(ids):
+            good = 1 if number % 2 else -1
+            for name, p in raters.items():
+                opinions.vote(connection, Vote(id, name, value=good if rng.random() < p else -good))
     return ids
 
 
