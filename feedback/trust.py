@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import combinations, groupby, product
 from typing import Any
 
 import sqlalchemy as sa
 
 from feedback import agreement, opinions
 from feedback.agreement import Judgement, by_unit
-from feedback.tables import BatchItemRow, CompletionRow, EventRow, FeedbackRow, table_of
+from feedback.tables import BatchItemRow, CompletionRow, EventRow, FeedbackRow, TaskAnswerRow, TaskRow, table_of
 from feedback.trust_options import TrustOptions
 
 feedback = table_of(FeedbackRow)
 completion = table_of(CompletionRow)
 event_log = table_of(EventRow)
 item = table_of(BatchItemRow)
+task, task_answer = table_of(TaskRow), table_of(TaskAnswerRow)
 
 Unit = tuple[str, ...]
 TESTED = ("human_user",)  # simulated raters and judging models are the operator's own; experts are the gold
@@ -112,7 +114,10 @@ def most_per_rater(counts: Mapping[str, int], free: int, options: TrustOptions) 
 
 
 def newest(connection: sa.Connection, window: int) -> list[sa.Row[Any]]:
-    """The newest opinions of people that were not taken back, in the order in which they were last said; no imported ones."""
+    """The newest opinions of people that were not taken back, in the order in which they were last said.
+
+    Without imported ones; but the answers of gold tasks come from files, and those who rank them are tested.
+    """
     names = ("id", "completion_id", "subject", "kind", "other", "value", "ranked", "source", "trust", "moderation")
     query = (
         sa.select(*(feedback.c[name] for name in names), feedback.c.last_seq, feedback.c.created_at)
@@ -122,7 +127,7 @@ def newest(connection: sa.Connection, window: int) -> list[sa.Row[Any]]:
             feedback.c.kind.in_(("thumb", "comparison", "ranking")),
             sa.not_(feedback.c.retracted),
             feedback.c.moderation.in_(("accepted", "quarantined")),
-            completion.c.origin != "import",
+            sa.or_(completion.c.origin != "import", feedback.c.kind == "ranking"),
         )
         .order_by(feedback.c.last_seq.desc())
         .limit(window)
@@ -131,9 +136,14 @@ def newest(connection: sa.Connection, window: int) -> list[sa.Row[Any]]:
 
 
 def gold(connection: sa.Connection, rows: Iterable[Any]) -> dict[Unit, int]:
-    """unit -> what experts judged it to be (1 or -1), for units of `rows`; nothing where experts differ."""
+    """unit -> what experts judged it to be (1 or -1), for units of `rows`; nothing where they differ.
+
+    Gold tasks of the labelling page count as an expert's ranking.
+    """
     answers = sorted({row.completion_id for row in rows})
     votes: dict[Unit, int] = defaultdict(int)
+    for unit, value in gold_pairs(connection):
+        votes[unit] += value
     for start in range(0, len(answers), CHUNK):
         query = sa.select(feedback).where(
             feedback.c.completion_id.in_(answers[start : start + CHUNK]),
@@ -148,6 +158,23 @@ def gold(connection: sa.Connection, rows: Iterable[Any]) -> dict[Unit, int]:
                 for each in agreement.judgements(row):
                     votes[each.unit] += each.value
     return {unit: 1 if vote > 0 else -1 for unit, vote in votes.items() if vote}
+
+
+def gold_pairs(connection: sa.Connection) -> Iterator[tuple[Unit, int]]:
+    """The pairs whose order the gold tasks know."""
+    query = (
+        sa.select(task.c.id, task.c.expected, task_answer.c.place, task_answer.c.completion_id)
+        .join(task_answer, task_answer.c.task_id == task.c.id)
+        .where(task.c.gold)
+        .order_by(task.c.id)
+    )
+    for _, rows in groupby(connection.execute(query), key=lambda row: row.id):
+        answers = list(rows)
+        ids = {row.place: row.completion_id for row in answers}
+        groups = [[ids[place] for place in group if place in ids] for group in answers[0].expected]
+        for better, worse in combinations(groups, 2):
+            for one, two in product(better, worse):
+                yield ("pair", *sorted((one, two))), 1 if one < two else -1
 
 
 def acceptances(connection: sa.Connection, subjects: set[str]) -> dict[str, int]:

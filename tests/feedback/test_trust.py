@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from feedback import opinions, trust
+from feedback import labelling, opinions, trust
 from feedback.opinions import Vote
 from feedback.store import Store
 from feedback.tables import BatchItemRow, FeedbackRow
@@ -100,6 +100,21 @@ def test_gold_finds_out_a_rater_whom_nobody_else_contradicts(store: Store, answe
     # Beta(8, 2) and 20 wrong ones: 8 / 30; 20 right ones: 28 / 30
     assert found["always up"].accuracy == pytest.approx(8 / 30, abs=1e-4)
     assert found["careful"].accuracy == pytest.approx(28 / 30, abs=1e-4) and found["careful"].trust == 1
+
+
+def test_gold_tasks_test_those_who_rank(store: Store, answer: Answer) -> None:
+    words = ("best", "middling", "worst")
+    told = {number: [answer(f"prompt {number}", word) for word in words] for number in range(6)}
+    with store.write() as connection:
+        for ids in told.values():
+            labelling.make(connection, ids, expected=[[0], [1], [2]])
+        for name, order in (("careful", words), ("backwards", words[::-1])):
+            while (given := labelling.next_task(connection, name, labelling.Handing(gold_rate=1.0))) is not None:
+                shown = [text for _, text in given.answers]
+                labelling.rank(connection, given.task_id, name, [[shown.index(word) + 1] for word in order], {})
+    found = {rater.subject: rater for rater in store.review(OPTIONS).raters}
+    assert found["careful"].gold == found["backwards"].gold == 18  # three pairs of six tasks
+    assert found["backwards"].why and not found["careful"].why
 
 
 def test_nobody_is_judged_by_answers_that_nobody_else_saw(store: Store, answer: Answer) -> None:
