@@ -1,4 +1,4 @@
-"""The local servers of a workspace: Prefect, MLflow, the chat service; beside them the deployment runner and the bell.
+"""The local servers of a workspace: Prefect, MLflow, the chat service; beside them the deployment runner, the bell, the keeper.
 
 Each is a session of its own on a free loopback port, with its log in .thumbwheel/logs/. servers.json says which
 processes they are (pid and creation time, so that a pid given to somebody else is never mistaken for ours);
@@ -27,7 +27,7 @@ START_SECONDS = 300.0  # an overloaded machine was seen to need more than 150; a
 STOP_SECONDS = 15.0
 SLOW_SECONDS = 30.0
 CORE = ("prefect", "mlflow", "service")
-BACKGROUND = ("runner", "bell")
+BACKGROUND = ("runner", "bell", "keeper")
 ALL = (*CORE, *BACKGROUND)
 
 
@@ -105,12 +105,17 @@ def _bell(root: Path, port: int) -> list[str]:
     return [sys.executable, "-m", "flows.bell"]
 
 
+def _keeper(root: Path, port: int) -> list[str]:
+    return [sys.executable, "-m", "flows.keeper"]
+
+
 COMMANDS: dict[str, Callable[[Path, int], list[str]]] = {
     "prefect": _prefect,
     "mlflow": _mlflow,
     "service": _service,
     "runner": _runner,
     "bell": _bell,
+    "keeper": _keeper,
 }
 HEALTH = {"prefect": "/api/health", "mlflow": "/health", "service": "/healthz"}
 

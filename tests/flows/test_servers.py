@@ -14,7 +14,7 @@ import psutil
 import pytest
 from leftovers import leftovers
 
-from flows import servers
+from flows import keeper, servers
 
 # a real small server that answers /health, and leaves a worker behind in its session when it is killed
 TINY = """
@@ -77,6 +77,23 @@ def test_a_killed_server_is_started_again(tiny: Path) -> None:
         assert httpx.get(second.url, trust_env=False).status_code == 200
     finally:
         servers.stop(tiny)
+
+
+def test_the_keeper_starts_again_what_died_and_nothing_that_was_ended(tiny: Path) -> None:
+    first = servers.start(tiny, ["mlflow"])["mlflow"]
+    try:
+        assert keeper.turn(tiny) == []
+        psutil.Process(first.pid).kill()
+        while first.alive:
+            time.sleep(0.05)
+        assert keeper.turn(tiny) == ["mlflow"]
+        again = servers.read(tiny)["mlflow"]
+        assert (again.port, again.owner, again.alive) == (first.port, "up", True)
+        servers.stop(tiny)
+        assert keeper.turn(tiny) == []
+    finally:
+        servers.stop(tiny)
+    assert leftovers(tiny) == []
 
 
 def test_a_process_that_took_over_a_dead_servers_pid_is_left_alone(tiny: Path) -> None:
