@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow
 
-from flows.flowrun import FlowRun, open_flow_run
+from flows.flowrun import WEEK_SECONDS, FlowRun, open_flow_run
 from flows.retrain import MANIFEST, WRITTEN, Overrides, Preset, learn, nothing_to_do, open_store
 
 if TYPE_CHECKING:
     from feedback.store import Store
 
 
-@flow(name="align", validate_parameters=True)
+@flow(name="align", validate_parameters=True, persist_result=True, timeout_seconds=WEEK_SECONDS)
 def align(preset: Preset = None, overrides: Overrides = None) -> Any:
     """Turn the wheel once.
 
@@ -70,6 +70,6 @@ def gather_opinions(run: FlowRun, store: Store, emit: Any) -> int:
         rater.rate(run.root, champion.model_hash, run.params.rater, emit)
     first = not (run.root / MANIFEST).exists() or not store.manifest()["batches"]
     if first or store.count_opinions(source="simulated", pending_only=True):
-        batch = store.open_batch(1, run.params.trust)
+        batch = store.open_batch(minimum=1)
         return batch.accepted if batch else 0
     return 0

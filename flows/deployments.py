@@ -27,12 +27,15 @@ from prefect.states import Scheduled
 
 from flows import bell, servers
 from flows.align import align
+from flows.flowrun import close_zombies
 from flows.onestage import STAGE_FLOWS
 from flows.reconcile import reconcile
+from flows.record import Records
 from flows.retrain import retrain
 
 TAG = "thumbwheel"
 RECONCILE_EVERY = timedelta(minutes=10)
+BELL_MATCH = {"prefect.resource.id": f"{bell.RESOURCE}.*"}
 # a second run waits for the first; CANCEL_NEW would lose what came meanwhile
 ONE_AFTER_ANOTHER = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
 
@@ -56,7 +59,7 @@ def deployments() -> Iterator[RunnerDeployment]:
         interval=RECONCILE_EVERY,
     )
     for name, flow in STAGE_FLOWS.items():
-        yield _deployment(flow, f"The stage {name} of dvc.yaml alone. What it reads has to be there.")
+        yield _deployment(flow, f"The stage {name} of dvc.yaml alone. What it reads has to be there.", "stage")
 
 
 def bell_trigger() -> DeploymentEventTrigger:
@@ -64,20 +67,20 @@ def bell_trigger() -> DeploymentEventTrigger:
     return DeploymentEventTrigger(
         name="a batch of opinions is ready",
         expect={bell.EVENT},
-        match={"prefect.resource.id": f"{bell.RESOURCE}.*"},
+        match=dict(BELL_MATCH),
         posture=Posture.Reactive,
         threshold=1,
         within=timedelta(0),
     )
 
 
-def _deployment(flow: Flow[Any, Any], description: str, **options: Any) -> RunnerDeployment:
+def _deployment(flow: Flow[Any, Any], description: str, kind: str = "wheel", **options: Any) -> RunnerDeployment:
     made = flow.to_deployment(
         flow.name,
         description=description,
         concurrency_limit=ONE_AFTER_ANOTHER,
         entrypoint_type=EntrypointType.MODULE_PATH,
-        tags=[TAG],
+        tags=[TAG, kind],
         **options,
     )
     assert isinstance(made, RunnerDeployment)
@@ -110,6 +113,9 @@ async def run(chosen: list[RunnerDeployment], ready: Path) -> None:
 
 def main() -> None:
     """The process that `thumbwheel up` starts; ends at SIGTERM."""
+    close_zombies(
+        Records(servers.workspace())
+    )  # of a runner that was killed; else their places stay taken for the lease
     requeue()
     asyncio.run(run(list(deployments()), servers.ready_path(servers.workspace(), "runner")))
 

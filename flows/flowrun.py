@@ -28,6 +28,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import flow_run
 from prefect.states import Crashed
+from prefect.tasks import exponential_backoff
 
 from flows import settings
 from flows.environment import environment
@@ -40,6 +41,7 @@ from flows.stage import StageResult, run_stage
 from flows.workspace import writer
 
 OWNER_TAG = "owner:"
+WEEK_SECONDS = 7 * 24 * 3600.0  # a flow that trains for longer hangs
 _ARTIFACT_SECONDS = 2.0
 Result = TypeVar("Result")
 
@@ -112,12 +114,36 @@ def open_flow_run(
                     publish(run.name, run.results, records, parent)
 
 
-@task(cache_policy=NO_CACHE, retries=0)
+def passing(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Whether a task failed of what passes by itself: a server or the database is away. It then goes on where it was."""
+    from httpx import TransportError
+    from requests import ConnectionError as RequestsConnectionError
+    from sqlalchemy.exc import OperationalError
+
+    away = (TransportError, RequestsConnectionError, OperationalError, ConnectionError)
+    error = state.result(raise_on_failure=False)
+    while isinstance(error, BaseException):
+        if isinstance(error, away):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# 4, 8 and 16 seconds: as long as a server needs to start again
+AGAIN: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=4),
+    "retry_condition_fn": passing,
+}
+
+
+@task(**AGAIN)
 def _stage_task(name: str, root: Path, parent: str, flow_run_id: str) -> StageResult:
     return run_stage(name, root=root, parent_run_id=parent, flow_run_id=flow_run_id, emit=Bar(name))
 
 
-@task(cache_policy=NO_CACHE, retries=0)
+@task(**AGAIN)
 def _step_task(name: str, root: Path, flow_run_id: str, work: Callable[[Any], Any]) -> Any:
     tell, started = Progress(root, name, flow_run_id), time.monotonic()
     tell({"event": "stage", "state": "started", "seconds": 0.0})
@@ -169,8 +195,11 @@ def _slot(root: Path) -> Iterator[None]:
         yield
 
 
-def close_zombies(records: Records, this: UUID) -> None:
-    """Runs that dead processes of this host left open: MLflow's become KILLED, Prefect's flow and task runs Crashed."""
+def close_zombies(records: Records, this: UUID | None = None) -> None:
+    """Runs that dead processes of this host left open: MLflow's become KILLED, Prefect's flow and task runs Crashed.
+
+    this: the flow run that looks, which is marked as this process's own.
+    """
     records.close_zombies()
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
     with get_client(sync_client=True) as client:
@@ -178,6 +207,8 @@ def close_zombies(records: Records, this: UUID) -> None:
             owners = [tag.removeprefix(OWNER_TAG) for tag in left.tags if tag.startswith(OWNER_TAG)]
             if left.id != this and owners and all(is_gone(each) for each in owners):
                 _crash(client, left.id)
+        if this is None:
+            return
         mine = client.read_flow_run(this)
         client.update_flow_run(this, tags=[*mine.tags, OWNER_TAG + owner()])
 

@@ -7,7 +7,7 @@ from typing import Any
 from prefect import flow
 from prefect.flows import Flow
 
-from flows.flowrun import open_flow_run
+from flows.flowrun import WEEK_SECONDS, open_flow_run
 from flows.retrain import Overrides, Preset
 from flows.stage import STAGES
 
@@ -22,7 +22,8 @@ def _stage_flow(name: str) -> Flow[Any, Any]:
             return run.stage(name).how
 
     one_stage.__name__ = one_stage.__qualname__ = name
-    return flow(name=name, validate_parameters=True)(one_stage)
+    options: dict[str, Any] = {"validate_parameters": True, "persist_result": True, "timeout_seconds": WEEK_SECONDS}
+    return flow(name=name, **options)(one_stage)
 
 
 STAGE_FLOWS: dict[str, Flow[Any, Any]] = {name: _stage_flow(name) for name in STAGES}

@@ -15,7 +15,7 @@ from flows.record import Records
 from flows.retrain import open_store
 
 
-@flow(name="reconcile")
+@flow(name="reconcile", retries=2, retry_delay_seconds=20, timeout_seconds=600)
 def reconcile() -> None:
     """Close what killed processes left open, let MLflow's aliases say what the promotion table says, and see to erasures.
 

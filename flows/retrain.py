@@ -11,7 +11,7 @@ from prefect.states import Completed, State
 from pydantic.json_schema import SkipJsonSchema
 
 from flows.environment import environment
-from flows.flowrun import FlowRun, open_flow_run
+from flows.flowrun import WEEK_SECONDS, FlowRun, open_flow_run
 from flows.settings import Changes, changes_model
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ WRITTEN = "written.manifest.json"  # of the batches whose own answers SFT learns
 CHAMPION = "champion.json"
 
 
-@flow(name="retrain", validate_parameters=True)
+@flow(name="retrain", validate_parameters=True, persist_result=True, timeout_seconds=WEEK_SECONDS)
 def retrain(preset: Preset = None, overrides: Overrides = None) -> Any:
     """Snapshot, reward model, PPO (or DPO or KTO), judge, promotion, on all batches so far, when one of them is open.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from feedback.trust_options import TrustOptions
 from flows.curate import CurateOptions
 from flows.files import write_text
 from flows.gate import GateOptions
@@ -98,7 +97,6 @@ class Params(BaseModel):
     judge: JudgeOptions = JudgeOptions()
     gate: GateOptions = GateOptions()
     bell: BellOptions = BellOptions()
-    trust: TrustOptions = TrustOptions()
 
     @property
     def candidate(self) -> str:
@@ -232,23 +230,65 @@ def changes_model() -> type[Changes]:
     for name, field in Params.model_fields.items():
         kind: Any = field.annotation
         if hasattr(kind, "__dataclass_fields__"):
-            optional: Any = {key: _left_empty(item, key) for key, item in get_type_hints(kind).items()}
+            default = field.get_default()
+            optional: Any = {
+                key: _left_empty(item, key, getattr(default, key), bounds(default, key))
+                for key, item in get_type_hints(kind).items()
+            }
             title = (kind.__doc__ or "").strip().splitlines()[0]
             kind = create_model(f"{name.capitalize()}Changes", __base__=_Section, __doc__=title, **optional)
-        fields[name] = _left_empty(kind, field.alias or name, alias=field.alias)
+            fields[name] = _left_empty(kind, field.alias or name, alias=field.alias)
+        else:
+            fields[name] = _left_empty(kind, name, field.default, {"minimum": 0} if kind is int else {})
     return create_model("ParameterChanges", __base__=Changes, **fields)
 
 
-def _left_empty(kind: Any, title: str, **options: Any) -> tuple[Any, Any]:
+def bounds(options: Any, key: str) -> dict[str, float]:
+    """What a number of `options`, a section's dataclass, may be, as JSON schema says it.
+
+    Found by asking the section's own checks, which stay the only place where limits are written down.
+    """
+    default = getattr(options, key)
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        return {}
+    whole = isinstance(default, int)
+    step = 1 if whole else 1e-6
+
+    def taken(value: float) -> bool:
+        try:
+            replace(options, **{key: int(value) if whole else float(value)})
+        except (ValueError, ArithmeticError):
+            return False
+        return True
+
+    found: dict[str, float] = {}
+    for low in (1, 0):
+        if taken(low) and not taken(low - step) and not taken(low - 1):
+            found["minimum"] = low
+        elif not whole and low == 0 and not taken(0.0) and not taken(-1.0) and taken(step):
+            found["exclusiveMinimum"] = 0
+    for high in (1, 2, 100):
+        if taken(high) and not any(taken(more) for more in (high + step, high + 1, 2 * high, 4 * high)):
+            found["maximum"] = high
+    return found
+
+
+def _left_empty(
+    kind: Any, title: str, default: Any = None, limits: Mapping[str, float] | None = None, **options: Any
+) -> tuple[Any, Any]:
     """An optional field whose schema does not mention null: Prefect's form then shows it as a field to be left empty.
 
-    Not so a yes-or-no: its box cannot be left empty, and the form would send "no".
+    Not so a yes-or-no: its box cannot be left empty, and the form would send "no". default: as the preset tiny has it.
     """
+    if default is not None and not isinstance(default, (list, tuple, dict)):
+        said = {True: "yes", False: "no"}.get(default, default) if isinstance(default, bool) else default
+        options["description"] = f"tiny: {said}" if said != "" else "tiny: nothing"
     if kind is bool:
         return bool | None, Field(None, title=title, **options)
 
     def without_default(schema: dict[str, Any]) -> None:
         schema.pop("default", None)
+        schema.update(limits or {})
 
     hidden: Any = SkipJsonSchema
     return kind | hidden[None], Field(None, title=title, json_schema_extra=without_default, **options)

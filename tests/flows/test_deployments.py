@@ -37,9 +37,16 @@ def test_every_flow_and_stage_is_a_deployment_that_queues(wheel: Path) -> None:
         assert each["description"]
         assert each["global_concurrency_limit"]["limit"] == 1
         assert each["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert each["tags"] == ["thumbwheel", "stage" if each["name"] in STAGES else "wheel"]
     schema = found["align"]["parameter_openapi_schema"]
     assert set(schema["properties"]) == {"preset", "overrides"}
-    assert schema["definitions"]["PpoChanges"]["properties"]["iterations"]["type"] == "integer"
+    ppo, rater = (schema["definitions"][name]["properties"] for name in ("PpoChanges", "RaterChanges"))
+    shown = {key: ppo["iterations"][key] for key in ("type", "minimum", "description")}
+    assert shown == {"type": "integer", "minimum": 1, "description": "tiny: 20"}
+    assert (rater["temperature"]["minimum"], rater["temperature"]["maximum"]) == (0, 2)
+    assert (ppo["gamma"]["maximum"], ppo["learning_rate"]["exclusiveMinimum"]) == (1, 0)
+    assert "maximum" not in ppo["batch_size"]
+    assert schema["properties"]["preset"]["enum"] == ["tiny", "micro"]
     assert found["reconcile"]["schedules"][0]["schedule"]["interval"] == 600
     automations = api(wheel, "/automations/filter", {"sort": "CREATED_DESC"})
     assert [(a["trigger"]["expect"], a["trigger"]["threshold"]) for a in automations] == [(["feedback.batch.ready"], 1)]
