@@ -11,10 +11,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from feedback import lessons
+from feedback import lessons, trust
 from feedback.lessons import Answer
 from feedback.opinions import STATED, canonical
 from feedback.tables import BatchItemRow, BatchRow, CompletionRow, EventRow, FeedbackRow, table_of
+from feedback.trust_options import TrustOptions
 
 batch = table_of(BatchRow)
 item = table_of(BatchItemRow)
@@ -24,6 +25,8 @@ event_log = table_of(EventRow)
 
 # an opinion of an earlier batch that changed: its new state replaces the old one, it is not counted again
 REVISED = "revised"
+# more than one rater may bring into a batch: left out, and out of later ones too unless it changes
+CAPPED = "capped"
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,25 @@ def count(connection: sa.Connection, *, model_hash: str | None, source: str | No
     return int(connection.execute(query).scalar_one())
 
 
-def pending(connection: sa.Connection) -> Pending:
+def pending(connection: sa.Connection, limits: TrustOptions) -> Pending:
     """See Store.pending."""
-    query = sa.select(sa.func.count(), sa.func.min(feedback.c.created_at)).select_from(feedback.join(completion))
-    number, oldest = connection.execute(query.where(waiting(connection))).one()
-    return Pending(number, oldest)
+    who = sa.case((feedback.c.source.in_(trust.TESTED), feedback.c.subject), else_=None).label("who")
+    query = sa.select(who, sa.func.count(), sa.func.min(feedback.c.created_at)).select_from(feedback.join(completion))
+    counts, oldest = {}, []
+    for subject, number, first in connection.execute(query.where(waiting(connection)).group_by(who)):
+        counts[subject] = number
+        oldest.append(first)
+    free = counts.pop(None, 0)
+    most = trust.most_per_rater(counts, free, limits)
+    return Pending(free + sum(min(number, most) for number in counts.values()), min(oldest, default=None))
 
 
-def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
+def open_batch(connection: sa.Connection, minimum: int, limits: TrustOptions) -> Batch | None:
     """Close the open range of the log, under the store's write lock; see Store.open_batch.
 
     Under that lock nobody writes, so the current rows are exactly the states at the end of the range.
     """
+    trust.review(connection, limits)
     first = closed_up_to(connection) + 1
     last = connection.execute(sa.select(sa.func.max(event_log.c.seq))).scalar()
     if last is None or last < first:
@@ -141,6 +151,7 @@ def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
         ).scalars()
     )
     reasons = {row.id: verdict(row, row.id in before) for row in rows}
+    reasons |= dict.fromkeys(over_the_cap(rows, reasons, limits), CAPPED)
     counts = Counter(reasons.values())
     if counts[""] < minimum:
         return None
@@ -172,9 +183,23 @@ def open_batch(connection: sa.Connection, minimum: int) -> Batch | None:
     return Batch(id=key[0], **values)
 
 
+def over_the_cap(rows: list[sa.Row[Any]], reasons: dict[int, str], limits: TrustOptions) -> list[int]:
+    """The ids of accepted opinions that are more than their rater may bring into a batch: those said last."""
+    accepted = [row for row in rows if not reasons[row.id]]
+    counts = Counter(row.subject for row in accepted if row.source in trust.TESTED)
+    most = trust.most_per_rater(counts, len(accepted) - counts.total(), limits)
+    over, brought = [], Counter[str]()
+    for row in sorted(accepted, key=lambda row: row.last_seq):
+        if row.source in trust.TESTED:
+            brought[row.subject] += 1
+            if brought[row.subject] > most:
+                over.append(row.id)
+    return over
+
+
 def changed_opinions(connection: sa.Connection, first: int) -> list[sa.Row[Any]]:
     """Opinions whose newest event is `first` or later, with the answer that they are about."""
-    names = ("id", "completion_id", "last_seq", "kind", "other", *STATED, "retracted", "moderation")
+    names = ("id", "completion_id", "subject", "last_seq", "kind", "other", *STATED, "retracted", "moderation")
     query = sa.select(*(feedback.c[name] for name in names), completion.c.status, *lessons.COLUMNS)
     query = query.select_from(feedback.join(completion)).where(feedback.c.last_seq >= first)
     return list(connection.execute(query.order_by(feedback.c.id)))

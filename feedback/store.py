@@ -19,12 +19,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
-from feedback import batches, completions, erasure, opinions, promotions
+from feedback import batches, completions, erasure, opinions, promotions, trust
 from feedback.batches import Batch, Opinion, Pending
 from feedback.erasure import Erasure
 from feedback.lessons import Answer
 from feedback.opinions import Event, Vote
 from feedback.promotions import Promotion, StaleChampion
+from feedback.trust import Review
+from feedback.trust_options import UNTESTED, TrustOptions
 
 __all__ = ["Batch", "Erasure", "Event", "Opinion", "Pending", "Promotion", "StaleChampion", "Store", "Vote"]
 
@@ -224,18 +226,24 @@ class Store:
 
     # batches
 
-    def pending(self) -> Pending:
-        """How many opinions the next batch would accept, and since when the oldest of them waits."""
+    def pending(self, limits: TrustOptions = UNTESTED) -> Pending:
+        """How many opinions the next batch would accept under the caps of `limits`, and since when the oldest waits."""
         with self.read() as connection:
-            return batches.pending(connection)
+            return batches.pending(connection, limits)
 
-    def open_batch(self, minimum: int = 1) -> Batch | None:
+    def open_batch(self, minimum: int = 1, limits: TrustOptions = UNTESTED) -> Batch | None:
         """Close the log's open range as a batch, with an item for each opinion in it, in one transaction.
 
-        None, and nothing changed, when it would accept fewer than `minimum` opinions.
+        Raters are reviewed first (trust.review): what those who were found out said goes into quarantine. None, and
+        nothing else changed, when it would accept fewer than `minimum` opinions.
         """
         with self.write() as connection:
-            return batches.open_batch(connection, minimum)
+            return batches.open_batch(connection, minimum, limits)
+
+    def review(self, limits: TrustOptions, *, act: bool = True) -> Review:
+        """What is known of each rater, and quarantine for what those who were found out said; see trust.review."""
+        with self.write() if act else self.read() as connection:
+            return trust.review(connection, limits, act=act)
 
     def open_batches(self) -> list[Batch]:
         """Batches that no training has consumed, oldest first."""

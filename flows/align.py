@@ -70,6 +70,6 @@ def gather_opinions(run: FlowRun, store: Store, emit: Any) -> int:
         rater.rate(run.root, champion.model_hash, run.params.rater, emit)
     first = not (run.root / MANIFEST).exists() or not store.manifest()["batches"]
     if first or store.count_opinions(source="simulated", pending_only=True):
-        batch = store.open_batch(minimum=1)
+        batch = store.open_batch(1, run.params.trust)
         return batch.accepted if batch else 0
     return 0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from feedback.store import Batch, Store
+    from feedback.trust_options import TrustOptions
     from flows.settings import BellOptions
 
 EVENT = "feedback.batch.ready"
@@ -41,11 +42,13 @@ class Bell:
         self,
         store: Store,
         options: BellOptions,
+        trust: TrustOptions,
         ring: Callable[[Batch], None],
         busy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store, self.options, self.ring, self.busy, self.clock = store, options, ring, busy, clock
+        self.store, self.options, self.trust = store, options, trust
+        self.ring, self.busy, self.clock = ring, busy, clock
         self.rung: dict[int, tuple[float, int]] = {}  # batch -> when it was rung for last, and how often
 
     def turn(self) -> list[Batch]:
@@ -64,11 +67,11 @@ class Bell:
         return rung
 
     def _open(self) -> Batch | None:
-        pending = self.store.pending()
+        pending = self.store.pending(self.trust)
         if pending.count >= self.options.opinions:
-            return self.store.open_batch(minimum=self.options.opinions)
+            return self.store.open_batch(self.options.opinions, self.trust)
         if pending.oldest_at is not None and _age(pending.oldest_at) >= self.options.max_wait_seconds:
-            return self.store.open_batch(minimum=1)
+            return self.store.open_batch(1, self.trust)
         return None
 
     def _waited(self, batch: Batch) -> float:
@@ -117,7 +120,8 @@ def watch(root: Path, stop: threading.Event) -> None:
 
     store = Store(servers.database_url(root))
     store.migrate()
-    bell = Bell(store, settings.load(root).bell, emit, retraining_under_way)
+    params = settings.load(root)
+    bell = Bell(store, params.bell, params.trust, emit, retraining_under_way)
     stamp = (root / settings.PARAMS_FILE).stat().st_mtime_ns
     log.info("listening: a batch at %s opinions or after %s s", bell.options.opinions, bell.options.max_wait_seconds)
     servers.ready_path(root, "bell").write_text(str(os.getpid()))
@@ -126,7 +130,8 @@ def watch(root: Path, stop: threading.Event) -> None:
             try:
                 changed = (root / settings.PARAMS_FILE).stat().st_mtime_ns
                 if changed != stamp:
-                    bell.options, stamp = settings.load(root).bell, changed
+                    params, stamp = settings.load(root), changed
+                    bell.options, bell.trust = params.bell, params.trust
                 for batch in bell.turn():
                     log.info("rang for batch %s", batch.id)
             except Exception:  # the database or Prefect is away for a moment: the next turn makes up for it

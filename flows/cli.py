@@ -294,6 +294,35 @@ def import_log(
 
 
 @app.command()
+def trace(
+    name: Annotated[
+        str, typer.Argument(help="an answer's id, an opinion's number, v3, or a model's hash (8 digits do)")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print plain JSON")] = False,
+) -> None:
+    """Say which models learned from an opinion, or which opinions a model learned from."""
+    import json
+
+    from rich.console import Console
+
+    root = _enter()
+    from flows import trace as lineage
+    from flows.record import Records
+
+    try:
+        with _opinions() as store:
+            found = lineage.trace(root, store, Records(root), name)
+    except LookupError as error:
+        raise _fail(error) from error
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    for picture in lineage.pictures(found):
+        console.print(picture)
+
+
+@app.command()
 def erase(
     user: Annotated[str, typer.Option(help="the name, as an import or a program's `user` gave it")],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
@@ -310,6 +339,41 @@ def erase(
                 typer.echo(line)
     except (ValueError, OSError) as error:
         raise _fail(error) from error
+
+
+@app.command()
+def trust(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only look: quarantine nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, for programs")] = False,
+) -> None:
+    """Review the raters: how often each is right, and quarantine for those who were found out. The bell does so too."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows import servers, settings
+
+    try:
+        options = settings.load(servers.workspace()).trust
+        with _opinions() as store:
+            review = store.review(options, act=not dry_run)
+    except ValueError as error:
+        raise _fail(error) from error
+    if as_json:
+        typer.echo(json.dumps(asdict(review), indent=1))
+        return
+    table = Table(title=f"{len(review.raters)} raters, the least trusted first")
+    for title in ("rater", "opinions", "compared", "with experts", "right", "trust", "state"):
+        table.add_column(title, justify="left" if title in ("rater", "state") else "right", overflow="fold")
+    for rater in review.raters[:50]:
+        figures = (rater.opinions, rater.compared, rater.gold, f"{rater.accuracy:.2f}", f"{rater.trust:.2f}")
+        table.add_row(rater.subject[:12], *map(str, figures), rater.why or "-")
+    Console().print(table)
+    if not options.enabled:
+        typer.echo("params.yaml: trust.enabled is false: nobody is tested")
+    typer.echo(f"{review.quarantined} opinions were put into quarantine; a moderator may accept them")
 
 
 @key_app.command("create")

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
+from feedback.trust_options import TrustOptions
 from flows.curate import CurateOptions
 from flows.files import write_text
 from flows.gate import GateOptions
@@ -97,6 +98,7 @@ class Params(BaseModel):
     judge: JudgeOptions = JudgeOptions()
     gate: GateOptions = GateOptions()
     bell: BellOptions = BellOptions()
+    trust: TrustOptions = TrustOptions()
 
     @property
     def candidate(self) -> str:

@@ -4,8 +4,8 @@ import { Opinion, askOne, sendOne } from "/assets/opinion.js";
 import { showMarkdown } from "/assets/markdown.js";
 
 export class Answer {
-  // turn: {answer, completion, token, model, thumb, rated, edit, edited}, kept by whoever asked. keep(): the turn has changed. again(): ask
-  // for another answer.
+  // turn: {answer, completion, token, model, thumb, rated, edit, edited}, kept by whoever asked. keep(): the turn has
+  // changed. again(): ask for another answer.
   constructor(turn, keep, again) {
     Object.assign(this, { turn, keep, again });
     this.element = copy("answer");

@@ -13,8 +13,8 @@ const send = document.getElementById("send");
 const modelLabel = document.getElementById("model");
 const KEPT = "thumbwheel.conversation";
 
-// {id, turns: [{question, answer, completion, token, model, start, and what Answer and Comparison add}]}; kept for this tab, so that a
-// reload shows it again. start: the first of the turns that the answer's model was told.
+// {id, turns: [{question, answer, completion, token, model, start, and what Answer and Comparison add}]}; kept for this
+// tab, so that a reload shows it again. start: the first of the turns that the answer's model was told.
 let conversation = kept() || fresh();
 let running = null;
 

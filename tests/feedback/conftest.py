@@ -254,7 +254,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Callable[..., Any]]:
     """Open a URL as somebody new, with options of a browser's context (viewport, locale, java_script_enabled, cookies…).
-    Whatever the page asked for, and complained about or said in a dialog, stands in page.requested and page.complaints."""
+    Whatever the page asked for, and complained about or said in a dialog, stands in page.requested and page.complaints.
+
+    Wait for locators: wait_for_function polls with eval, which the pages' policy forbids, and passes only if it need not wait.
+    """
     contexts = []
 
     def open_page(url: str, *, cookies: list[Any] | None = None, **options: Any) -> Any:

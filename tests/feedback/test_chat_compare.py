@@ -63,7 +63,7 @@ def test_it_is_blind_until_one_is_chosen_and_the_conversation_goes_on_with_it(vi
     page.locator(".compare .state.saved").wait_for()
     assert page.locator(".compare .version:visible").count() == 2
     page.get_by_label("Clearly better").check()
-    page.wait_for_function("document.querySelector('.compare .state').textContent === 'Saved'")
+    page.locator(".compare .state.saved").wait_for()
     assert newest(parrot).payload["strength"] == 2.0
     page.reload()  # it is still there
     assert page.locator(".compare .chosen .text").inner_text() == rival

@@ -12,6 +12,7 @@ import pytest
 from chatting import ask, pressed, wait_for_state
 from injections import INJECTIONS, harmless
 
+from feedback import keys
 from feedback.page import language
 
 pytestmark = pytest.mark.browser
@@ -32,11 +33,11 @@ def test_ask_thumb_up_toggle_take_back_and_reload(page: Any, server: Any) -> Non
     assert pressed(answer) == ["true", "false"]
     answer.get_by_role("button", name="Bad answer").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    page.locator('.down[aria-pressed="true"]').first.wait_for()
     wait_for_state(answer, "Saved")
     page.reload()
     answer = page.locator(".theirs").first
-    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    page.locator('.down[aria-pressed="true"]').first.wait_for()
     assert page.locator(".mine .text").first.inner_text() == "hello there"
     answer.get_by_role("button", name="Bad answer").click()
     wait_for_state(answer, "Taken back")
@@ -111,7 +112,7 @@ def test_reasons_and_a_comment_keep_the_thumb_and_are_codes_in_every_language(vi
     answer.get_by_role("button", name="写得好").click()
     wait_for_state(answer, "已保存")
     answer.get_by_role("button", name="保存").click()
-    page.wait_for_function("document.querySelector('.tools .saved') && !document.querySelector('.retry:not([hidden])')")
+    wait_for_state(answer, "已保存")
     chips = answer.get_by_role("group", name="好在哪里？").get_by_role("button")
     assert [chip.get_attribute("aria-pressed") for chip in chips.all()] == ["false", "true", "false", "true", "false"]
     said = newest(parrot).payload
@@ -138,7 +139,7 @@ def test_a_vote_that_arrives_while_the_page_is_reloaded_is_shown_afterwards(visi
     answer.locator(".up").click()
     page.wait_for_timeout(300)
     page.reload()
-    page.wait_for_function("document.querySelector('.up').getAttribute('aria-pressed') === 'true'")
+    page.locator('.up[aria-pressed="true"]').first.wait_for()
 
 
 def test_a_better_answer_is_kept_changed_and_taken_back(visit: Any, parrot: Any) -> None:
@@ -202,7 +203,7 @@ def test_the_keyboard_alone_does_everything(visit: Any, parrot: Any) -> None:
     wait_for_state(first, "Saved")
     assert pressed(first) == ["true", "false"]
     page.keyboard.press("d")
-    page.wait_for_function("document.querySelector('.down').getAttribute('aria-pressed') === 'true'")
+    page.locator('.down[aria-pressed="true"]').first.wait_for()
     page.keyboard.press("z")
     wait_for_state(first, "Taken back")
     page.keyboard.press("e")
@@ -370,44 +371,23 @@ def test_the_page_has_a_strict_policy_and_its_cookie_cannot_be_read_by_scripts(s
         assert httpx.get(f"{server.url}/assets/{name}").status_code == 404
 
 
-def test_sign_in_with_a_key_then_ask_and_rate_without_javascript_for_the_form(
-    browser: Any, serve: Any, two_models: Any, tmp_path: Path
-) -> None:
-    from feedback import keys
-    from feedback.store import Store
-
-    url = f"sqlite:///{tmp_path}/feedback.db"
-    store = Store(url)
-    store.migrate()
-    with store.write() as connection:
+def test_sign_in_with_a_key_then_ask_and_rate_without_javascript_for_the_form(visit: Any, parrot_with: Any) -> None:
+    server = parrot_with({"THUMBWHEEL_REQUIRE_KEYS": "1"})
+    with server.store.write() as connection:
         _, secret = keys.create(connection, "ann", ["chat", "rate"], "command:test")
-    store.close()
-    models, first, _ = two_models
-    server = serve(url, models, {"THUMBWHEEL_REQUIRE_KEYS": "1"})
-    try:
-        server.crown(first)
-        plain = browser.new_context(java_script_enabled=False, locale="en-US")
-        form = plain.new_page()
-        form.goto(server.url)
-        assert form.url.endswith("/signin")
-        form.get_by_label("API key").fill("tw_wrong")
-        form.get_by_role("button", name="Sign in").click()
-        assert form.get_by_role("alert").is_visible()
-        form.get_by_label("API key").fill(secret)
-        form.get_by_role("button", name="Sign in").click()
-        assert form.url == f"{server.url}/"
-        context = browser.new_context(locale="en-US")
-        context.add_cookies(plain.cookies())
-        page = context.new_page()
-        page.goto(server.url)
-        answer = ask(page, "hello there")
-        answer.locator(".up").click()
-        wait_for_state(answer, "saved")
-        assert server.store.count_opinions() == 1
-        form.goto(f"{server.url}/signin?lang=zh")
-        form.get_by_role("button", name="退出").click()
-        assert form.url.endswith("/signin")
-        plain.close()
-        context.close()
-    finally:
-        server.close()
+    form = visit(server.url, java_script_enabled=False)
+    assert form.url.endswith("/signin")
+    form.get_by_label("API key").fill("tw_wrong")
+    form.get_by_role("button", name="Sign in").click()
+    assert form.get_by_role("alert").is_visible()
+    form.get_by_label("API key").fill(secret)
+    form.get_by_role("button", name="Sign in").click()
+    assert form.url == f"{server.url}/"
+    page = visit(server.url, cookies=form.context.cookies())
+    answer = ask(page, "hello there")
+    answer.locator(".up").click()
+    wait_for_state(answer, "Saved")
+    assert server.store.count_opinions() == 1
+    form.goto(f"{server.url}/signin?lang=zh")
+    form.get_by_role("button", name="退出").click()
+    assert form.url.endswith("/signin")

@@ -12,6 +12,7 @@ from feedback import completions
 from feedback.completions import Completion
 from feedback.opinions import Vote
 from feedback.store import Batch, Store
+from feedback.trust_options import UNTESTED
 from flows import bell
 from flows.bell import Bell
 from flows.settings import BellOptions
@@ -58,7 +59,7 @@ def vote(store: Store, name: str) -> None:
 
 def test_the_third_of_three_opinions_opens_one_batch_and_rings_once(store: Store) -> None:
     rung: list[Batch] = []
-    bell = Bell(store, BellOptions(opinions=3, max_wait_seconds=3600), rung.append)
+    bell = Bell(store, BellOptions(opinions=3, max_wait_seconds=3600), UNTESTED, rung.append)
     for name in ("a", "b"):
         vote(store, name)
         assert bell.turn() == []
@@ -76,7 +77,7 @@ def test_two_bells_on_one_database_open_one_batch(store: Store) -> None:
 
     def listen() -> None:
         own = Store(str(store.engine.url))
-        bell = Bell(own, BellOptions(opinions=40, max_wait_seconds=3600), lambda batch: None)
+        bell = Bell(own, BellOptions(opinions=40, max_wait_seconds=3600), UNTESTED, lambda batch: None)
         barrier.wait()
         if bell._open() is not None:
             rung.append(1)
@@ -93,7 +94,7 @@ def test_two_bells_on_one_database_open_one_batch(store: Store) -> None:
 
 def test_a_lone_opinion_is_not_left_waiting_for_ever(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rung: list[Batch] = []
-    waiting = Bell(store, BellOptions(opinions=100, max_wait_seconds=60), rung.append)
+    waiting = Bell(store, BellOptions(opinions=100, max_wait_seconds=60), UNTESTED, rung.append)
     assert waiting.turn() == []
     vote(store, "only")
     assert waiting.turn() == []
@@ -107,7 +108,7 @@ def test_a_batch_nobody_consumed_is_rung_again_at_start_up_and_after_a_while(sto
     batch = store.open_batch()
     assert batch is not None
     clock, rung, busy = Clock(), [], [False]
-    listener = Bell(store, BellOptions(), rung.append, lambda: busy[0], clock)
+    listener = Bell(store, BellOptions(), UNTESTED, rung.append, lambda: busy[0], clock)
     listener.turn()
     assert [b.id for b in rung] == [batch.id]
     clock.now += bell.REMIND_SECONDS - 1
