@@ -19,13 +19,12 @@ import sqlalchemy as sa
 
 from feedback import agreement, opinions
 from feedback.agreement import Judgement, by_unit
-from feedback.tables import BatchItemRow, CompletionRow, EventRow, FeedbackRow, TaskAnswerRow, TaskRow, table_of
+from feedback.tables import CompletionRow, EventRow, FeedbackRow, TaskAnswerRow, TaskRow, table_of
 from feedback.trust_options import TrustOptions
 
 feedback = table_of(FeedbackRow)
 completion = table_of(CompletionRow)
 event_log = table_of(EventRow)
-item = table_of(BatchItemRow)
 task, task_answer = table_of(TaskRow), table_of(TaskAnswerRow)
 
 Unit = tuple[str, ...]
@@ -62,10 +61,10 @@ class Review:
 
 
 def review(connection: sa.Connection, options: TrustOptions, *, act: bool = True) -> Review:
-    """Look at the newest opinions, write each rater's trust, and quarantine what raters who were found out said and no
-    batch took yet.
+    """Look at the newest opinions, write each rater's trust, and quarantine all that raters who were found out said.
 
-    Runs under the store's write lock, before a batch is opened. A moderator who accepts an opinion of a rater restarts the
+    What earlier batches accepted of them is quarantined too: the next batch notes it as revised, and its snapshot leaves it
+    out. Runs under the store's write lock, before a batch is opened. A moderator who accepts an opinion of a rater restarts the
     rater's test from there, and that opinion stays accepted. act=False only looks.
     """
     if not options.enabled:
@@ -75,13 +74,12 @@ def review(connection: sa.Connection, options: TrustOptions, *, act: bool = True
     found = examine(rows, gold(connection, rows), cleared, options)
     if not act:
         return Review(found)
-    free = unconsumed(connection, [row for row in rows if row.source in TESTED])
-    reasons = {rater.subject: rater for rater in found}
+    raters = {rater.subject: rater for rater in found}
     quarantined = 0
-    for row in free:
-        rater = reasons.get(row.subject)
-        if rater is None:
+    for row in rows:
+        if row.source not in TESTED:
             continue
+        rater = raters[row.subject]
         if abs(row.trust - rater.trust) > 0.005:
             connection.execute(sa.update(feedback).where(feedback.c.id == row.id).values(trust=rater.trust))
         if rater.why and row.moderation == "accepted" and row.last_seq > cleared.get(row.subject, 0):
@@ -191,16 +189,6 @@ def acceptances(connection: sa.Connection, subjects: set[str]) -> dict[str, int]
             if row.payload["moderation"] == "accepted":
                 found[row.subject] = max(found.get(row.subject, 0), row.seq)
     return found
-
-
-def unconsumed(connection: sa.Connection, rows: list[Any]) -> list[Any]:
-    """Those of `rows` that no batch accepted."""
-    ids = [row.id for row in rows]
-    taken: set[int] = set()
-    for start in range(0, len(ids), CHUNK):
-        query = sa.select(item.c.feedback_id).where(item.c.accepted, item.c.feedback_id.in_(ids[start : start + CHUNK]))
-        taken.update(connection.execute(query).scalars())
-    return [row for row in rows if row.id not in taken]
 
 
 # ---------------------------------------------------------------- judging

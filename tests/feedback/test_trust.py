@@ -88,6 +88,17 @@ def test_those_who_contradict_everybody_are_found_and_the_others_left_alone(stor
     assert row is not None and row.moderation_reason.startswith("outlier: in ") and row.trust < 0.4
 
 
+def test_what_a_batch_took_of_somebody_found_out_later_is_not_learned_from_again(store: Store, answer: Answer) -> None:
+    raters = {**{f"honest {n}": 0.95 for n in range(4)}, "flipper": 0.0}
+    panel(store, answer, raters, 10)
+    first = store.open_batch(1, OPTIONS)
+    assert first is not None and first.accepted == 50
+    panel(store, answer, raters, 20, seed=2)
+    second = store.open_batch(1, OPTIONS)
+    assert second is not None and (second.accepted, second.excluded) == (80, {"quarantined": 20, "revised": 10})
+    assert len(list(store.opinions(store.manifest()))) == 120
+
+
 def test_gold_finds_out_a_rater_whom_nobody_else_contradicts(store: Store, answer: Answer) -> None:
     for number in range(20):
         id = answer(f"prompt {number}")
