@@ -28,11 +28,13 @@ def run_child(
     log: Path,
     emit: Callable[[dict[str, Any]], None],
     lock: int,
+    code: Path = CODE,
 ) -> dict[str, Any]:
     """Run `python COMMAND SPEC.json --metrics-fd N` and return the summary of its "done" event.
 
     spec: what models.run expects, written to work/spec.json; log: the file that takes stdout and stderr; emit: takes every
-    other event; lock: a descriptor that the child inherits, so that the work folder stays locked while it lives.
+    other event; lock: a descriptor that the child inherits, so that the work folder stays locked while it lives; code: the
+    folder with the code that runs.
     Any exception here (KeyboardInterrupt, SystemExit) ends the child first. Raises ChildError.
     """
     spec_path = work / "spec.json"
@@ -44,7 +46,7 @@ def run_child(
             process = subprocess.Popen(
                 _command(command, spec, spec_path, writable),
                 cwd=spec["root"],
-                env=_environment(spec),
+                env=_environment(spec, code),
                 stdin=subprocess.DEVNULL,
                 stdout=output if spec["world_size"] == 1 else writable,
                 stderr=output,
@@ -71,9 +73,9 @@ def _command(command: Sequence[str], spec: dict[str, Any], spec_path: Path, writ
     return [sys.executable, *torchrun, *command, str(spec_path), "--metrics-fd", "1"]
 
 
-def _environment(spec: dict[str, Any]) -> dict[str, str]:
-    """The parent's, with its own code first on the path and the thread count that torch is told as well."""
-    search = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+def _environment(spec: dict[str, Any], code: Path) -> dict[str, str]:
+    """The parent's, with the code first on the path and the thread count that torch is told as well."""
+    search = [str(code), *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = str(spec["threads"])
     return {
         **os.environ,

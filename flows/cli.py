@@ -323,6 +323,35 @@ def trace(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="a training stage's MLflow run, v3, or a model's hash (8 digits do)")],
+) -> None:
+    """Train a recorded run's model again, from its inputs' hashes, and say whether the weights are the same.
+
+    Exit code 1: they are not, or the run cannot be made again here.
+    """
+    root = _enter()
+    from flows.erasure import catch_up
+    from flows.record import Records
+    from flows.reproduce import reproduce as make_again
+    from flows.trace import find_version
+
+    records = Records(root)
+    try:
+        with _opinions() as store:
+            catch_up(root, store, records)  # whoever was erased a minute ago must not be read again
+        version = find_version(records, name) if len(name) != 32 else None
+        verdict = make_again(root, records, version.run_id if version is not None else name)
+    except (RuntimeError, LookupError) as error:
+        raise _fail(error) from error
+    for difference in verdict.differences:
+        typer.echo(f"not promised: {difference}", err=True)
+    if not verdict.same:
+        raise _fail(f"{verdict.stage}: other weights: {verdict.got}, recorded {verdict.expected}; run {verdict.run_id}")
+    typer.echo(f"✔ {verdict.stage}: the same weights ({verdict.got}); run {verdict.run_id}")
+
+
+@app.command()
 def erase(
     user: Annotated[str, typer.Option(help="the name, as an import or a program's `user` gave it")],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,

@@ -26,6 +26,7 @@ WORDS = {
     "snapshot": "artifacts/snapshot",
     "written": "artifacts/written",
 }  # the stages whose outputs hold people's words
+REPRODUCTIONS = ".thumbwheel/reproduce"  # workspaces in which runs are made again: copies of all they read
 TAG = "thumbwheel.erasures"  # the numbers of the erasures that concern a run or a model version
 LEARNED = ("snapshot", "reward", "ppo", "dpo", "kto")
 log = logging.getLogger("thumbwheel.erasure")
@@ -97,6 +98,7 @@ def forget_snapshots(root: Path) -> None:
     for place in places:
         for md5 in hashes:
             forget_object(place / "files" / "md5", md5)
+    files.remove(root / REPRODUCTIONS)
     for stage, output in WORDS.items():
         for left in (root / output, root / ".thumbwheel" / "work" / stage):
             files.remove(left)
