@@ -90,9 +90,7 @@ export class Comparison {
     }
     for (const [name, answer] of [["left", left], ["right", right]]) {
       this.find("." + name).classList.toggle("chosen", chosen === name);
-      const version = this.find("." + name + " .version");
-      version.hidden = !kept;
-      version.textContent = kept ? answer.model.slice(0, 12) : "";
+      this.find("." + name + " .version").textContent = kept ? answer.model.slice(0, 12) : "";
     }
     this.find(".undo").hidden = !state;
     this.find(".much").hidden = !state || state.chosen === null;
