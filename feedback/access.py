@@ -71,11 +71,19 @@ ROUTES: dict[tuple[str, str], str] = {
     ("GET", "/v1/moderation"): "moderate",
     ("POST", "/v1/moderation/{feedback_id}"): "moderate",
     ("GET", "/v1/audit"): "admin",
+    ("GET", "/label"): "label",
+    ("POST", "/v1/tasks"): "admin",
+    ("GET", "/v1/tasks"): "label",
+    ("GET", "/v1/tasks/next"): "label",
+    ("POST", "/v1/tasks/{task_id}/ranking"): "label",
+    ("POST", "/v1/tasks/{task_id}/skip"): "label",
+    ("POST", "/v1/tasks/{task_id}/gold"): "label",
 }
 # pages, in the order of the navigation, with their names in words/frame.json (page_NAME); nameless ones stand in none
 PAGES = {
     "/": "chat",
     "/plain": "",
+    "/label": "label",
     "/you": "you",
 }
 OF_ONE_ANSWER = "/v1/feedback/{completion_id}/"  # where a feedback token opens the door

@@ -259,6 +259,60 @@ class Ranking(Said):
         return {**said, **ranked(self.completion_ids, self.ranking)}
 
 
+class NewTask(BaseModel):
+    """POST /v1/tasks: answers that people are to rank.
+
+    completion_ids: answers that are there; answers: so many more are asked of the model that serves, of the prompt `messages`,
+    or of the one that was asked in the answer `of` (then they are kept as that person's, and go when theirs go). ranking: the
+    right order of completion_ids, best first, which makes it a gold task. raters: how many people are to rank it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)] | None = None
+    of: Id | None = None
+    completion_ids: Annotated[list[Id], Field(max_length=9)] = []
+    answers: Annotated[int, Field(ge=0, le=9)] = 0
+    raters: Annotated[int, Field(ge=1, le=100)] = 1
+    ranking: Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=2, max_length=9)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    user: Short | None = None
+
+    @model_validator(mode="after")
+    def sensible(self) -> NewTask:
+        """2 to 9 answers, of one prompt, and a ranking only of answers that are there."""
+        distinct(self.completion_ids)
+        if not 2 <= len(self.completion_ids) + self.answers <= 9:
+            raise ValueError("completion_ids and answers: 2 to 9 answers together are ranked")
+        if self.answers and (self.messages is None) == (self.of is None):
+            raise ValueError("answers: give the prompt as messages, or as `of` an answer to it")
+        if not self.answers and (self.messages or self.of):
+            raise ValueError("messages and of: only where answers are asked for; completion_ids have their prompt")
+        if self.ranking is not None:
+            if self.answers:
+                raise ValueError("ranking: only of completion_ids, not of answers that are not there yet")
+            ranked(self.completion_ids, self.ranking)
+        return self
+
+
+class TaskRanking(Said):
+    """POST /v1/tasks/{id}/ranking: the answers' numbers, best first, equal ones in a group."""
+
+    ranking: Annotated[list[Annotated[list[int], Field(min_length=1, max_length=9)]], Field(min_length=1, max_length=9)]
+
+    def stated(self) -> dict[str, Any]:
+        """The fields of a Vote, but for the answers."""
+        return self.model_dump(exclude={"user", "ranking"})
+
+
+class Skip(BaseModel):
+    """POST /v1/tasks/{id}/skip."""
+
+    model_config = ConfigDict(extra="forbid")
+    reason: Annotated[Text, Field(max_length=1000)] = ""
+    user: Short | None = None
+
+
 def distinct(ids: list[str]) -> None:
     """Raises ValueError when an answer is named twice."""
     if len(set(ids)) < len(ids):

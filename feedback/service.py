@@ -26,10 +26,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from feedback import chat, chat_page, downloads, errors, keys, moderation, page, signin, votes, you_page
+from feedback import (
+    chat,
+    chat_page,
+    downloads,
+    errors,
+    keys,
+    label_page,
+    moderation,
+    page,
+    signin,
+    tasks,
+    votes,
+    you_page,
+)
 from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
 from feedback.engine import DecoderEngine, Engine
+from feedback.guideline import guideline
 from feedback.identity import Identity, read_secret
 from feedback.metrics import Measured, Metrics
 from feedback.metrics import router as measured
@@ -106,9 +120,11 @@ def create_app(
     app.include_router(votes.router)
     app.include_router(downloads.router)
     app.include_router(moderation.router)
+    app.include_router(tasks.router)
     app.include_router(measured)
     app.include_router(page.router)
     app.include_router(chat_page.router)
+    app.include_router(label_page.router)
     app.include_router(you_page.router)
     app.include_router(signin.router)
     add_health(app)
@@ -183,6 +199,8 @@ def main() -> None:
     needed = not is_loopback(args.host)
     try:
         settings = Settings()
+        if settings.guideline is not None:
+            guideline(settings.guideline, "en")
         store = Store(args.database_url)
         if needed or settings.require_keys or settings.public_names:
             check_keys(store, f"--host {args.host}: others can reach it" if needed else "keys are asked for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator
@@ -29,6 +30,9 @@ class Settings(BaseSettings):
     engine_url: a server of OpenAI's chat completions that answers instead of our decoder, up to /v1; engine_model: one of
     its models, without it the first that it lists; engine_key: what it asks for; engine_seconds: how long it may be
     silent; engine_max_tokens: of an answer, where the request says nothing.
+
+    gold_rate: the share of labelling tasks whose right order is known; at 1, nothing else is handed out. lease_minutes: for
+    how long a task is kept for who was given it. guideline: the team's labelling guideline, a markdown file.
     """
 
     model_config = SettingsConfigDict(env_prefix="THUMBWHEEL_", extra="ignore", frozen=True, env_ignore_empty=True)
@@ -49,6 +53,9 @@ class Settings(BaseSettings):
     engine_key: SecretStr | None = None
     engine_seconds: float = Field(default=60.0, gt=0)
     engine_max_tokens: int = Field(default=1024, ge=1)
+    gold_rate: float = Field(default=0.1, ge=0, le=1)
+    lease_minutes: float = Field(default=30.0, gt=0, le=24 * 60)
+    guideline: Path | None = None
 
     @field_validator("visitor_scopes")
     @classmethod
