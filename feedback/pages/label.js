@@ -1,7 +1,7 @@
 // The labelling page: takes a task, lets its answers be put in order (ranks.js), sends the order, takes the next one.
 import { call, copy, lang, newKey, say, words } from "/assets/site.js";
 import { showMarkdown } from "/assets/markdown.js";
-import { fill, Ranks } from "/assets/ranks.js";
+import { fill, letter, Ranks } from "/assets/ranks.js";
 
 const find = (id) => document.getElementById(id);
 const state = find("state");
@@ -11,7 +11,7 @@ let sent = null; // {body, key}: what was sent last, so that a repetition has th
 let busy = false;
 
 function show() {
-  find("order").textContent = ranks.groups.map((group) => group.join(" = ")).join("  >  ");
+  find("order").textContent = ranks.groups.map((group) => group.map(letter).join(" = ")).join("  >  ");
   find("submit").disabled = busy || !(ranks.touched || find("as-is").checked);
   find("skip").disabled = busy;
 }
@@ -52,8 +52,8 @@ async function guarded(doing) {
   try {
     await doing();
   } catch (error) {
-    say(state, "failed", words.not_saved);
-    find("problem").textContent = error.message;
+    say(state, "failed", "");
+    find("problem").textContent = words.not_saved + " " + error.message;
     find("problem").hidden = false;
   }
   busy = false;

@@ -7,6 +7,11 @@ export function fill(text, values) {
   return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
 }
 
+// What an answer is called on the page: a letter, because the numbers are the ranks.
+export function letter(number) {
+  return String.fromCharCode(64 + number);
+}
+
 export class Ranks {
   // list: the element that holds the ranks. changed(): after each move. tell(text): for those who do not see it.
   constructor(list, { changed, tell }) {
@@ -29,12 +34,12 @@ export class Ranks {
   card({ number, text }) {
     const element = copy("answer");
     element.dataset.number = number;
-    element.setAttribute("aria-label", fill(words.answer, { n: number }));
-    element.querySelector("h3").textContent = fill(words.answer, { n: number });
+    element.setAttribute("aria-label", fill(words.answer, { n: letter(number) }));
+    element.querySelector("h3").textContent = fill(words.answer, { n: letter(number) });
     showMarkdown(element.querySelector(".text"), text);
     for (const [name, act] of [["up", () => this.step(number, -1)], ["down", () => this.step(number, 1)], ["tie", () => this.tie(number)]]) {
       const button = element.querySelector("." + name);
-      button.setAttribute("aria-label", fill(words["move_" + name], { n: number }));
+      button.setAttribute("aria-label", fill(words["move_" + name], { n: letter(number) }));
       button.title = button.getAttribute("aria-label");
       button.addEventListener("click", act);
     }
@@ -74,8 +79,8 @@ export class Ranks {
     this.touched = true;
     this.draw();
     const index = this.place(number);
-    const others = groups[index].filter((other) => other !== number).join(", ");
-    const values = { n: number, rank: index + 1, ranks: groups.length, others };
+    const others = groups[index].filter((other) => other !== number).map(letter).join(", ");
+    const values = { n: letter(number), rank: index + 1, ranks: groups.length, others };
     this.tell(fill(others ? words.tied_at : words.at_rank, values));
   }
 
@@ -100,7 +105,7 @@ export class Ranks {
     const tied = this.groups[index].length > 1;
     const target = tied ? index + (by > 0 ? 1 : 0) : index + by;
     if (!tied && (target < 0 || target >= this.groups.length)) {
-      this.tell(fill(by < 0 ? words.first_already : words.last_already, { n: number }));
+      this.tell(fill(by < 0 ? words.first_already : words.last_already, { n: letter(number) }));
     } else {
       this.put(number, target);
     }
@@ -109,7 +114,7 @@ export class Ranks {
   tie(number) {
     const above = this.groups[this.place(number) - 1];
     if (above) this.join(number, above[0]);
-    else this.tell(fill(words.none_above, { n: number }));
+    else this.tell(fill(words.none_above, { n: letter(number) }));
   }
 
   key(event) {
