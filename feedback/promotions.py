@@ -74,14 +74,23 @@ def promote(
     return insert(connection, "promote", current, model_hash, model_path, figures, reason)
 
 
-def rollback(connection: sa.Connection, reason: str) -> Promotion:
+def rollback(
+    connection: sa.Connection,
+    reason: str,
+    expected_champion: str | None = None,
+    figures: dict[str, Any] | None = None,
+) -> Promotion:
     """Take the top of the stack away; see Store.rollback."""
     stack = reigns(history(connection))
     if len(stack) < 2:
         raise ValueError("there is no earlier champion to go back to")
     before, reigning = stack[-2], stack[-1]
+    if expected_champion not in (None, reigning.model_hash):
+        raise StaleChampion(f"{name(expected_champion)} was to be rolled back, but {name(reigning.model_hash)} reigns")
+    known = {key: value for key, value in before.figures.items() if key != "probation"}
     return insert(
-        connection, "rollback", reigning.model_hash, before.model_hash, before.model_path, before.figures, reason
+        *(connection, "rollback", reigning.model_hash, before.model_hash, before.model_path),
+        *({**known, **(figures or {})}, reason),
     )
 
 

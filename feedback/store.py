@@ -187,10 +187,15 @@ class Store:
         with self.write() as connection:
             return promotions.promote(connection, model_hash, model_path, figures, reason, expected_champion)
 
-    def rollback(self, reason: str) -> Promotion:
-        """Give the crown back to the champion before the reigning one. Raises ValueError when there is none."""
+    def rollback(
+        self, reason: str, *, expected_champion: str | None = None, figures: dict[str, Any] | None = None
+    ) -> Promotion:
+        """Give the crown back to the champion before the reigning one. Raises ValueError when there is none.
+
+        expected_champion: whom to take it from; StaleChampion when another reigns. figures: what decided, for the row.
+        """
         with self.write() as connection:
-            return promotions.rollback(connection, reason)
+            return promotions.rollback(connection, reason, expected_champion, figures)
 
     def promotions(self) -> list[Promotion]:
         """All rows, oldest first."""

@@ -1,7 +1,8 @@
 """The bell: opens a batch when enough opinions wait (or the oldest has waited long enough) and rings for a retraining.
 
 The store decides in one transaction which opinions a batch holds; the Prefect event that follows is only a nudge. It
-may get lost, so batches that nobody consumed are rung again, at start-up and from time to time.
+may get lost, so batches that nobody consumed are rung again, at start-up and from time to time. The same process looks
+at how people like the champion (probation.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 EVENT = "feedback.batch.ready"
 RESOURCE = "thumbwheel.feedback-batch"
 POLL_SECONDS = 2.0
+PROBATION_SECONDS = 10.0  # between looks at how people like the champion
 REMIND_SECONDS = 30.0  # doubled with every ring for the same batch: a retraining that fails is not begun all the time
 REMIND_AT_MOST_SECONDS = 3600.0
 # a retraining that is said to be under way for longer than this may be a dead one: ring all the same
@@ -116,7 +118,7 @@ def retraining_under_way() -> bool:
 def watch(root: Path, stop: threading.Event) -> None:
     """Turn until `stop` is set, with the options that params.yaml has at that moment."""
     from feedback.store import Store
-    from flows import servers, settings
+    from flows import probation, servers, settings
 
     store = Store(servers.database_url(root))
     store.migrate()
@@ -125,6 +127,7 @@ def watch(root: Path, stop: threading.Event) -> None:
     stamp = (root / settings.PARAMS_FILE).stat().st_mtime_ns
     log.info("listening: a batch at %s opinions or after %s s", bell.options.opinions, bell.options.max_wait_seconds)
     servers.ready_path(root, "bell").write_text(str(os.getpid()))
+    next_look = time.monotonic()
     try:
         while not stop.wait(POLL_SECONDS):
             try:
@@ -134,10 +137,22 @@ def watch(root: Path, stop: threading.Event) -> None:
                     bell.options, bell.trust = params.bell, params.trust
                 for batch in bell.turn():
                     log.info("rang for batch %s", batch.id)
+                if time.monotonic() >= next_look:
+                    next_look = time.monotonic() + PROBATION_SECONDS
+                    if probation.watch(store, params.probation):
+                        mirror_crown(root, store)
             except Exception:  # the database or Prefect is away for a moment: the next turn makes up for it
                 log.exception("this turn failed; the next one is in %s s", POLL_SECONDS)
     finally:
         store.close()
+
+
+def mirror_crown(root: Path, store: Store) -> None:
+    """Let MLflow's aliases follow a rollback at once; MLflow is loaded only now, as this hardly ever happens."""
+    from flows.promote import mirror
+    from flows.record import Records
+
+    mirror(store, Records(root))
 
 
 def main() -> None:

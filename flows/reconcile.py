@@ -7,6 +7,7 @@ from uuid import UUID
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows import probation, settings
 from flows.environment import environment
 from flows.erasure import catch_up
 from flows.flowrun import close_zombies
@@ -19,13 +20,16 @@ from flows.retrain import open_store
 def reconcile() -> None:
     """Close what killed processes left open, let MLflow's aliases say what the promotion table says, and see to erasures.
 
-    Batches that nobody consumed are rung again by the bell.
+    A champion that people like less than the one before is rolled back first. Batches that nobody consumed are rung
+    again by the bell.
     """
-    records = Records(environment().root)
+    root = environment().root
+    records = Records(root)
     close_zombies(records, UUID(str(flow_run.get_id())))
     store = open_store()
     try:
+        probation.watch(store, settings.load(root).probation)
         mirror(store, records)
-        catch_up(environment().root, store, records)
+        catch_up(root, store, records)
     finally:
         store.close()

@@ -20,6 +20,7 @@ from flows.gate import GateOptions
 from flows.ingest import IngestOptions
 from flows.judge import JudgeOptions
 from flows.pipeline import Method
+from flows.probation import ProbationOptions
 from flows.rater import RaterOptions
 from flows.snapshot import SnapshotOptions
 from flows.tokenize import TokenizeOptions
@@ -99,6 +100,7 @@ class Params(BaseModel):
     gate: GateOptions = GateOptions()
     bell: BellOptions = BellOptions()
     trust: TrustOptions = TrustOptions()
+    probation: ProbationOptions = ProbationOptions()
 
     @property
     def candidate(self) -> str:
