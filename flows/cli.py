@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import keyring, labelling
+from flows.commands import actor as _actor
+from flows.commands import fail as _fail
+from flows.commands import opinions as _opinions
+
 if TYPE_CHECKING:
-    from feedback.store import Store
     from models.chat import Chat
 
 app = typer.Typer(
@@ -23,8 +25,8 @@ app = typer.Typer(
 )
 
 
-key_app = typer.Typer(help="API keys of the feedback service.", no_args_is_help=True)
-app.add_typer(key_app, name="key")
+app.add_typer(keyring.app, name="key")
+app.add_typer(labelling.app, name="label")
 
 
 def _enter() -> Path:
@@ -34,11 +36,6 @@ def _enter() -> Path:
     root = servers.workspace()
     os.environ.update(servers.environment(root))
     return root
-
-
-def _fail(message: object) -> typer.Exit:
-    typer.secho(f"✘ {message}", fg=typer.colors.RED, err=True)
-    return typer.Exit(1)
 
 
 def _interrupt(*_: object) -> None:
@@ -403,83 +400,6 @@ def trust(
     if not options.enabled:
         typer.echo("params.yaml: trust.enabled is false: nobody is tested")
     typer.echo(f"{review.quarantined} opinions were put into quarantine; a moderator may accept them")
-
-
-@key_app.command("create")
-def create_key(
-    name: Annotated[str, typer.Argument(help="whose it is; keys of one name speak for the same people")],
-    scope: Annotated[list[str], typer.Option(help="chat, rate, label, moderate, read or admin; as often as needed")],
-    days: Annotated[float | None, typer.Option(help="it ends after so many days; never, if not given")] = None,
-) -> None:
-    """Make a key and show it, once: only its hash is kept."""
-    from feedback import keys
-
-    with _opinions() as store:
-        try:
-            with store.write() as connection:
-                key, secret = keys.create(connection, name, scope, _actor(), days)
-        except ValueError as error:
-            raise _fail(error) from error
-    typer.echo(
-        f"key {key.id} ({', '.join(s for s in keys.SCOPES if s in key.scopes)}); it is shown this once:", err=True
-    )
-    typer.echo(secret)
-
-
-@key_app.command("list")
-def list_keys() -> None:
-    """Show the keys, without their secrets."""
-    from datetime import UTC, datetime
-
-    from feedback import keys
-
-    with _opinions() as store, store.read() as connection:
-        found = keys.listed(connection)
-    for key in found:
-        state = key.problem(datetime.now(UTC)) or ("until " + f"{key.expires_at:%F}" if key.expires_at else "works")
-        used = f"{key.last_used_at:%F %H:%M} UTC" if key.last_used_at else "never"
-        scopes = ",".join(scope for scope in keys.SCOPES if scope in key.scopes)
-        typer.echo(f"{key.id:>4}  {key.name:24} {scopes:36} {state:16} made {key.created_at:%F}, used {used}")
-    if not found:
-        typer.echo("there is no key; make one with `thumbwheel key create --scope chat NAME`", err=True)
-
-
-@key_app.command("revoke")
-def revoke_key(number: Annotated[int, typer.Argument(help="as `thumbwheel key list` shows it")]) -> None:
-    """End a key; the service follows within seconds."""
-    from feedback import keys
-
-    with _opinions() as store:
-        try:
-            with store.write() as connection:
-                key = keys.revoke(connection, number, _actor())
-        except KeyError as error:
-            raise _fail(error.args[0]) from error
-    typer.echo(f"key {key.id} ({key.name}) is revoked")
-
-
-@contextmanager
-def _opinions() -> Iterator[Store]:
-    """The feedback database of the workspace, migrated."""
-    from feedback.store import Store
-    from flows import servers
-
-    store = Store(servers.database_url(servers.workspace()))
-    try:
-        store.migrate()
-        yield store
-    finally:
-        store.close()
-
-
-def _actor() -> str:
-    """Who uses the command line, for the audit log."""
-    import getpass
-
-    try:
-        return f"command:{getpass.getuser()}"
-    except (OSError, KeyError):  # a container's user without a name
-        return f"command:{os.getuid()}"
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:

@@ -93,3 +93,15 @@ def test_keys_are_made_shown_once_listed_and_revoked(root: Path) -> None:
     assert "no key 9" in CliRunner().invoke(app, ["key", "revoke", "9"]).stderr
     wrong = CliRunner().invoke(app, ["key", "create", "--scope", "fly", "x"])
     assert wrong.exit_code == 1 and "no scope fly" in wrong.stderr
+
+
+def test_gold_tasks_are_made_from_a_file_and_tasks_need_the_service(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gold.jsonl"
+    file.write_text('{"prompt": "2 + 2?", "answers": ["4", "5"], "ranking": [[1], [2]]}\n')
+    assert "1 gold tasks made, 0 were" in CliRunner().invoke(app, ["label", "gold", str(file)]).stdout
+    assert "0 gold tasks made, 1 were" in CliRunner().invoke(app, ["label", "gold", str(file)]).stdout
+    file.write_text('{"prompt": "2 + 2?"}\n')
+    wrong = CliRunner().invoke(app, ["label", "gold", str(file)])
+    assert wrong.exit_code == 1 and "gold.jsonl:1: answers: Field required" in wrong.stderr
+    alone = CliRunner().invoke(app, ["label", "make"])
+    assert alone.exit_code == 1 and "the chat service does not run" in alone.stderr
