@@ -70,7 +70,7 @@ def test_config_refuses_what_is_wrong_and_writes_nothing(root: Path, arguments: 
 def test_nothing_runs_in_a_new_workspace(root: Path) -> None:
     status = CliRunner().invoke(app, ["status"])
     assert status.exit_code == 0
-    assert status.output.count("not running") == 5
+    assert status.output.count("not running") == 6
     assert "nothing was running" in CliRunner().invoke(app, ["down"]).output
     assert not os.environ.get("PREFECT_API_URL")
 
