@@ -64,6 +64,8 @@ class Result:
 
 def main() -> int:
     """The command line."""
+    from benchmarks import wheel  # which builds on this module
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--workdir", type=Path, default=CHECKOUT / ".thumbwheel" / "evidence")
@@ -71,8 +73,10 @@ def main() -> int:
     parser.add_argument("--preset", default="", help="another preset than params.yaml as it stands")
     arguments = parser.parse_args()
     results = [run_seed(seed, arguments.workdir.resolve(), arguments.preset) for seed in arguments.seeds]
-    text = document(results, revision())
-    write_text(arguments.output, preferences.with_section(text, preferences.PAGE))
+    text = preferences.with_section(document(results, revision()), preferences.PAGE)
+    if arguments.output.exists():
+        text = wheel.with_section(text, wheel.kept(arguments.output.read_text(encoding="utf-8")))
+    write_text(arguments.output, text)
     missed = [bar.name for bar in bars(results) if not bar.holds]
     print(f"{arguments.output}: " + (f"missed: {'; '.join(missed)}" if missed else "all bars hold"))
     return 1 if missed else 0

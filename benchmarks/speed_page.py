@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import overhead
 from benchmarks.peers import CHECKOUT, PINS
 from benchmarks.races import work
 from benchmarks.speed import OUTPUT, ROWS, Row
@@ -176,7 +177,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=CHECKOUT / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     with arguments.input.open(encoding="utf-8") as file:
-        write_text(arguments.output, page(newest(file)))
+        text = page(newest(file))
+    if arguments.output.exists():
+        text = overhead.with_section(text, overhead.kept(arguments.output.read_text(encoding="utf-8")))
+    write_text(arguments.output, text)
     print(arguments.output)
     return 0
 

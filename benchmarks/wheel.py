@@ -30,7 +30,7 @@ from flows.figures import Interval, paired_bootstrap
 from flows.files import write_text
 from flows.gate import GateOptions
 
-TITLE = "## Ten turns of the wheel"
+TITLE = "## Turns of the wheel"
 PICTURE = "images/wheel_turns.png"
 # Every candidate begins at the SFT model: what moves from turn to turn is what is known of the rater. A first reward model
 # learns from 200 opinions, so it reads them more often than the demo's, which has 4,300; PPO's KL was seen to stand from its
@@ -201,11 +201,11 @@ def trend(rates: np.ndarray) -> Interval:
 
 
 def bars(turns: Sequence[Turn]) -> list[Bar]:
-    """Every bar; turn 0 is the SFT model, so that what it has in itself is no miss."""
+    """Every bar, over the turns after which something had been learned: turn 0 only is what they are compared with."""
     limits, after = GateOptions(), turns[1:]
-    thumbs = outcomes(turns)
-    slope, second = trend(thumbs), trend(outcomes(turns, "second"))
-    gain = paired_bootstrap(thumbs[-1], thumbs[1], resamples=RESAMPLES)
+    thumbs = outcomes(after)
+    slope, second = trend(thumbs), trend(outcomes(after, "second"))
+    gain = paired_bootstrap(thumbs[-1], thumbs[0], resamples=RESAMPLES)
     worst = {
         name: pick(turn_figure(t, name) for t in after)
         for name, pick in (
@@ -275,11 +275,17 @@ def with_section(page: str, text: str) -> str:
     return "\n\n".join(filter(None, (before.strip(), text.strip(), behind.strip()))) + "\n"
 
 
+def kept(page: str) -> str:
+    """The section as the page has it, "" where it has none."""
+    _, title, rest = page.partition(TITLE)
+    return title + rest.split("\n## ")[0]
+
+
 def section(turns: Sequence[Turn], opinions: int, code: str) -> str:
     """The section of docs/evidence.md."""
     after = turns[1:]
     promoted = sum(t.promoted for t in after)
-    hours = sum(t.seconds["turn"] for t in after) / 60
+    minutes = sum(t.seconds["turn"] for t in after) / 60
     return "\n\n".join(
         [
             TITLE,
@@ -289,14 +295,14 @@ def section(turns: Sequence[Turn], opinions: int, code: str) -> str:
             "bell rang, and a reward model, a PPO candidate, the judgement and, where the gate opened, the promotion followed. "
             "Every candidate starts from the SFT model and is held near it; what grows is what is known of the rater. "
             f"{promoted} of {len(after)} candidates were promoted. A candidate that is better, but not beyond chance on these "
-            f"prompts, does not serve. All turns together took {hours:.0f} minutes beside other work.",
+            f"prompts, does not serve. All turns together took {minutes:.0f} minutes beside other work.",
             f"![Thumbs-up rate, second judge, relevance and perplexity over the turns]({PICTURE})",
             table(
                 ["bar", "seen", "holds"],
                 [[bar.name, bar.seen, "yes" if bar.holds else "**no**"] for bar in bars(turns)],
             ),
             "What serves after each turn, on the report's prompts, that nobody trained on and nobody rated. Turn 0 is the SFT "
-            "model. The trend's interval resamples prompts.",
+            "model. The trend is that of turns 1 to the last; its interval resamples prompts.",
             table(
                 [
                     *("turn", "thumbs up", "second judge", "candidate", "gate", "relevance", "perplexity"),

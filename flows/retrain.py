@@ -37,6 +37,8 @@ def retrain(preset: Preset = None, overrides: Overrides = None) -> Any:
     """
     store = open_store()
     try:
+        if not (preset or overrides or store.open_batches()):
+            return nothing_to_do("no batch is open")  # nor any need to hold the workspace, or for a run in MLflow
         with open_flow_run("retrain", preset, overrides.plain() if overrides else None) as run:
             if not store.open_batches():
                 return nothing_to_do("no batch is open")

@@ -72,6 +72,11 @@ def test_the_flow_is_started_with_changed_parameters(wheel: Path, page: Page) ->
     # this workspace has no data, and the run says so where a person looks
     assert runs[0]["state"]["type"] == "FAILED"
     assert "data.folder is nowhere, and there is no such folder" in runs[0]["state"]["message"]
+    # the report of the run, reached from the run's page
+    page.goto(f"{servers.read(wheel)['prefect'].url}/runs/flow-run/{runs[0]['id']}")
+    page.get_by_text("Artifacts", exact=True).last.click()
+    page.get_by_text("align-report").first.click()
+    page.get_by_text("no stage was reached").first.wait_for()
 
 
 @pytest.mark.skipif(not os.environ.get("THUMBWHEEL_SCREENSHOTS"), reason="THUMBWHEEL_SCREENSHOTS names no folder")
