@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
@@ -23,6 +25,27 @@ ENGINE_STATUS = {
     "engine_failed": 502,
     "engine_refused": 502,
     "engine_timeout": 504,
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. code: for programs; param: the field that is to blame."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer from 400 on, as the OpenAPI schema tells it."""
+
+    error: ErrorDetail
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "Refused: code says why, and nothing was written"},
+    "5XX": {"model": ErrorBody, "description": "Not now; a repetition is harmless"},
 }
 
 

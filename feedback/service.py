@@ -111,7 +111,14 @@ def create_app(
             await asyncio.to_thread(writer.close)
             store.close()
 
-    app = FastAPI(title="thumbwheel", version="0.1.0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="thumbwheel",
+        version="0.1.0",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=errors.RESPONSES,
+    )
     app.add_middleware(Guard, state=app.state, settings=chosen, keys_needed=keys_needed)
     add_outer_guards(app, chosen, keys_needed)
     app.add_middleware(Measured, metrics=metrics)  # outside of all others: what they refuse is counted too

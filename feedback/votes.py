@@ -23,6 +23,7 @@ Several = Annotated[list[Id], Query(alias="completion_id", min_length=2, max_len
 Token = Annotated[str | None, Header(alias="X-Thumbwheel-Feedback-Token", max_length=512)]
 Tokens = Annotated[str | None, Header(alias="X-Thumbwheel-Feedback-Token", max_length=4096)]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=255)]
+SAID_BEFORE: dict[int | str, dict[str, Any]] = {200: {"description": "Revised, or said before (Idempotent-Replayed)"}}
 User = Annotated[str | None, Query(max_length=255)]
 
 
@@ -123,7 +124,7 @@ async def put(
     return await write(request, vote)
 
 
-@router.put("/feedback/{completion_id}/thumb", status_code=201)
+@router.put("/feedback/{completion_id}/thumb", status_code=201, responses=SAID_BEFORE)
 async def put_thumb(
     request: Request, completion_id: CompletionId, said: Thumb, token: Token = None, key: Key = None
 ) -> JSONResponse:
@@ -131,7 +132,7 @@ async def put_thumb(
     return await put(request, completion_id, "thumb", said, token, key)
 
 
-@router.put("/feedback/{completion_id}/edit", status_code=201)
+@router.put("/feedback/{completion_id}/edit", status_code=201, responses=SAID_BEFORE)
 async def put_edit(
     request: Request, completion_id: CompletionId, said: Edit, token: Token = None, key: Key = None
 ) -> JSONResponse:
@@ -139,7 +140,7 @@ async def put_edit(
     return await put(request, completion_id, "edit", said, token, key)
 
 
-@router.put("/feedback/{completion_id}/comment", status_code=201)
+@router.put("/feedback/{completion_id}/comment", status_code=201, responses=SAID_BEFORE)
 async def put_comment(
     request: Request, completion_id: CompletionId, said: Comment, token: Token = None, key: Key = None
 ) -> JSONResponse:
@@ -147,7 +148,7 @@ async def put_comment(
     return await put(request, completion_id, "comment", said, token, key)
 
 
-@router.put("/feedback/{completion_id}/expert", status_code=201)
+@router.put("/feedback/{completion_id}/expert", status_code=201, responses=SAID_BEFORE)
 async def put_expert(
     request: Request, completion_id: CompletionId, said: Expert, token: Token = None, key: Key = None
 ) -> JSONResponse:
@@ -155,7 +156,7 @@ async def put_expert(
     return await put(request, completion_id, "expert", said, token, key)
 
 
-@router.post("/feedback", status_code=201)
+@router.post("/feedback", status_code=201, responses=SAID_BEFORE)
 async def post_feedback(request: Request, said: Opinion, token: Token = None, key: Key = None) -> JSONResponse:
     """The same as the PUT of its kind, with everything in the body. An Idempotency-Key guards against late repetitions."""
     check_source(request, said.source)
@@ -241,7 +242,7 @@ async def delete_several(request: Request, name: dict[str, Any], subject: str, k
     return await write(request, vote)
 
 
-@router.post("/comparisons", status_code=201)
+@router.post("/comparisons", status_code=201, responses=SAID_BEFORE)
 async def post_comparison(request: Request, said: Comparison, tokens: Tokens = None, key: Key = None) -> JSONResponse:
     """Say which of two answers to the same prompt is better; said again of the same two, it replaces what was said."""
     return await post_several(request, said, tokens, key)
@@ -261,7 +262,7 @@ async def delete_comparison(
     return await delete_several(request, compared(two(ids)), speaker_of_several(request, user, ids, tokens), key)
 
 
-@router.post("/rankings", status_code=201)
+@router.post("/rankings", status_code=201, responses=SAID_BEFORE)
 async def post_ranking(request: Request, said: Ranking, tokens: Tokens = None, key: Key = None) -> JSONResponse:
     """Rank two to nine answers to the same prompt; said again of the same answers, it replaces what was said."""
     return await post_several(request, said, tokens, key)
