@@ -15,19 +15,19 @@ import errno
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.small_disk import fill, small_disk
 from flows import curate, ingest, settings, tokenize
 from flows.values import yaml
 from models.checkpoint import load_model, model_hash
@@ -275,17 +275,13 @@ class Disturbed:
         """Fill the disk once `step` is done, until the process has failed of it; then make room again."""
         ballast, ended = self.work / "ballast", threading.Event()
 
-        def fill() -> None:
-            with ballast.open("wb", buffering=0) as file:
-                while not ended.wait(0.005):  # a checkpoint that was under way may still end and free what is older
-                    for size in (1 << 20, 4096, 1):
-                        with suppress(OSError):
-                            while not ended.is_set():
-                                file.write(bytes(size))
+        def keep_full() -> None:
+            while not ended.wait(0.005):  # a checkpoint that was under way may still end and free what is older
+                fill(ballast)
 
         if life.run(step) is not None:
             return False
-        filler = threading.Thread(target=fill)
+        filler = threading.Thread(target=keep_full)
         filler.start()
         try:
             status = life.run()
@@ -294,37 +290,6 @@ class Disturbed:
             filler.join()
             ballast.unlink()
         return status == 1 and os.strerror(errno.ENOSPC) in life.error
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own, of DISK_BYTES, in memory: mounted on `folder` by root; for others in a user namespace,
-    where it is reached through /proc. Raises OSError when the system allows neither."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-        return
-    inside = f"{shlex.join(mount)} && echo mounted && exec cat"  # cat ends when its input does
-    holder = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert holder.stdin is not None and holder.stdout is not None
-    try:
-        said = holder.stdout.readline().strip()
-        if said != "mounted":
-            raise OSError(f"no small disk could be mounted ({said}): run as root, or allow user namespaces")
-        yield Path(f"/proc/{holder.pid}/root{folder.resolve()}")
-    finally:
-        holder.stdin.close()
-        holder.wait()
 
 
 # ---------------------------------------------------------------- the drill
@@ -354,7 +319,7 @@ def run(
             work = folder / "disturbed" / kind
             if kind == full:
                 try:
-                    work = stack.enter_context(small_disk(folder / "disk")) / kind
+                    work = stack.enter_context(small_disk(folder / "disk", DISK_BYTES)) / kind
                 except OSError as error:
                     refused = str(error)
             ran[kind] = Disturbed(drill, kind, steps, startup, work)
