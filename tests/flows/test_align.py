@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+
+from feedback.opinions import Vote
+from feedback.store import Store
+from feedback.tables import CompletionRow
 
 REPOSITORY = Path(__file__).parents[2]
 COPIED = ("flows", "models", "feedback", ".dvc", ".dvcignore", "dvc.yaml", "params.yaml", "data.dvc", "pyproject.toml")
@@ -204,3 +209,33 @@ def test_a_refused_parameter_stops_before_anything_runs(checkout: Checkout) -> N
     output = checkout.flow("align", {"overrides": {"ppo.iteration": 3}}).communicate(timeout=100)[0]
     assert "params.yaml: ppo.iteration is not known" in output
     assert checkout.events()[before:] == []
+
+
+def test_what_people_wrote_trains_sft_and_all_after_it_and_never_the_base(checkout: Checkout) -> None:
+    assert checkout.drive("align", {"preset": "micro"})["type"] == "COMPLETED"
+    base, sft, before = checkout.weights("pretrain"), checkout.weights("sft"), len(checkout.events())
+    store = Store(f"sqlite:///{checkout.root}/.thumbwheel/feedback.db")
+    with store.read() as connection:
+        ids = list(connection.execute(sa.select(CompletionRow.id).order_by(CompletionRow.id).limit(30)).scalars())
+    for number, id in enumerate(ids):
+        store.vote(Vote(id, "ann", kind="edit", value=1, correction=f"I would rather say so, {number} times."))
+    assert store.open_batch() is not None
+    store.close()
+
+    assert checkout.drive("align", {})["type"] == "COMPLETED"
+
+    assert checkout.states(before) == {
+        **dict.fromkeys(["curate", "validate", "tokenize", "pretrain"], "unchanged"),
+        **dict.fromkeys(["written", "sft", "snapshot", "reward", "ppo", "judge"], "finished"),
+    }
+    assert checkout.weights("pretrain") == base and checkout.weights("sft") != sft
+    figures = {
+        name: json.loads((checkout.root / f"artifacts/{name}").read_text())
+        for name in ("written/summary.json", "sft/metrics.json", "snapshot/summary.json")
+    }
+    learned = figures["written/summary.json"]["conversations"]
+    assert 0 < learned == figures["sft/metrics.json"]["written_conversations"] < 30  # the others are held out
+    assert figures["snapshot/summary.json"]["train.edits"] >= learned
+    assert figures["snapshot/summary.json"]["prompts"] > 0
+    learners = {(run.info.run_name, run.data.tags.get("thumbwheel.batches")) for run in checkout.mlflow()}
+    assert {("sft", ""), ("sft", "2"), ("reward", "1"), ("reward", "1-2"), ("ppo", "1-2")} <= learners
