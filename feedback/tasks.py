@@ -147,7 +147,8 @@ async def get_tasks(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     user: User = None,
 ) -> JSONResponse:
-    """How far you are, and everybody. With the scope admin also the tasks, newest first; go on with before=last_id.
+    """How far you are, and everybody. With the scope admin also the tasks, newest first
+    (go on with before=last_id), and how people do on gold.
 
     How many are left only admins see: the number stands still after a gold task, and so would tell which ones those are.
     """
@@ -177,7 +178,19 @@ def look(store: Any, subject: str, admin: bool, before: str | None, limit: int) 
         data = [described(task) for task in found[:limit]]
         last = data[-1]["id"] if data else before
         more = len(found) > limit
-        return {**body, "tasks": labelling.totals(connection), "data": data, "last_id": last, "has_more": more}
+        body |= {"tasks": labelling.totals(connection), "raters": on_gold(connection)}
+        return {**body, "data": data, "last_id": last, "has_more": more}
+
+
+def on_gold(connection: sa.Connection) -> list[dict[str, Any]]:
+    """How everybody does on gold tasks: `right` of `pairs` pairs, a tie counting half."""
+    found: dict[str, dict[str, Any]] = {}
+    for subject, _, right, pairs in labelling.gold_results(connection):
+        row = found.setdefault(subject, {"subject": subject, "tasks": 0, "right": 0.0, "pairs": 0})
+        row["tasks"] += 1
+        row["right"] += right
+        row["pairs"] += pairs
+    return list(found.values())
 
 
 def reading(store: Any, query: Any, *args: Any) -> Any:

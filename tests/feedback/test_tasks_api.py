@@ -138,6 +138,8 @@ def test_gold_looks_like_any_other_task_and_only_admins_hear_of_it(
     rest = gold_api.get(f"/v1/tasks?before={listed['last_id']}", headers=both).json()
     assert [task["id"] for task in rest["data"]] == [made.json()["id"]] and not rest["has_more"]
     assert listed["tasks"] == {"open": 1, "closed": 0, "gold": 1}
+    right = {entry["text"]: entry["number"] for entry in given.json()["task"]["answers"]}["b"]  # ranked by number
+    assert [(row["tasks"], row["right"], row["pairs"]) for row in listed["raters"]] == [(1, 3 - right, 2)]
 
 
 def test_an_expert_makes_gold_of_their_own_ranking(api: TestClient, store: Store, answer: Answer) -> None:
