@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows import conversations, readers
+from flows.readers import Unreadable
 from models.job import Job
 
 Row = dict[str, Any]
@@ -66,14 +68,6 @@ class CurateOptions:
                 raise ValueError(f"{key} is {getattr(self, key)}: it must be at least 1")
         if min(self.heldout_percent, self.tune_percent) < 0 or self.heldout_percent + self.tune_percent >= 100:
             raise ValueError("heldout_percent and tune_percent must be at least 0 and leave something to train on")
-
-
-class Unreadable(ValueError):
-    """A row that cannot be used. `reason` says what is wrong with it, `remedy` what to do."""
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(f"{reason}: {remedy}")
-        self.reason, self.remedy = reason, remedy
 
 
 def normalise(text: str) -> str:
@@ -132,28 +126,32 @@ def pieces(text: str, limit: int) -> Iterator[str]:
 
 
 def parse(raw: bytes, kind: str) -> Row:
-    """One line of data/<kind>/*.jsonl as an object. Raises Unreadable for wrong encoding, bad JSON, missing fields."""
-    try:
-        line = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        remedy = "save the file as UTF-8, such as with `iconv -f GB18030 -t UTF-8`, naming the encoding it has now"
-        raise Unreadable(f"not UTF-8 (byte {error.start + 1} of the line)", remedy) from None
+    """One line of data/<kind>/*.jsonl as an object. Raises Unreadable for wrong encoding and bad JSON."""
+    line = readers.utf8(raw, "line")
     if not line.strip():
         raise Unreadable("empty line", "remove the line")
     try:
-        row = json.loads(line.removeprefix("\ufeff"))
+        row = json.loads(line)
     except ValueError as error:
         raise Unreadable(f"bad JSON ({error})", f"write one object a line, such as {SHAPE[kind]}") from None
     except RecursionError:
         raise Unreadable("bad JSON (nested too deeply)", f"write one object a line, such as {SHAPE[kind]}") from None
     if not isinstance(row, dict):
         raise Unreadable(f"not an object but a {type(row).__name__}", f"write {SHAPE[kind]}")
-    if FIELD[kind] not in row:
-        raise Unreadable(f'field "{FIELD[kind]}" is missing', f"write {SHAPE[kind]}")
+    return row
+
+
+def understood(row: Row, kind: str) -> Iterator[Row]:
+    """The rows that a record gives, in the format of their kind. Raises Unreadable for missing fields and wrong types."""
     for name in ("source", "group"):
         if not isinstance(row.get(name, ""), str):
             raise Unreadable(f'field "{name}" is not text', "write it in quotes, or leave it out")
-    return row
+    for found in (
+        [row] if FIELD[kind] in row and not isinstance(row[FIELD[kind]], dict) else conversations.rows(row, kind)
+    ):
+        if FIELD[kind] not in found:
+            raise Unreadable(f'field "{FIELD[kind]}" is missing', f"write {SHAPE[kind]}")
+        yield found
 
 
 def text_of(value: Any, what: str) -> str:
@@ -204,25 +202,29 @@ def contents(row: Row, kind: str, options: CurateOptions) -> Iterator[str | Mess
         yield messages
 
 
-def lines_of(folder: Path, shown: str, kind: str) -> Iterator[tuple[str, int, bytes | Unreadable]]:
-    """(file, line, bytes) of every line in a folder of one kind, files by name; line 0 speaks of a file as a whole.
+def records_of(folder: Path, shown: str, kind: str, home: Path) -> Iterator[tuple[str, int, Any]]:
+    """(file, line, record as flows.readers gives it) of all files in a folder of one kind, files by name; line 0 speaks of
+    a file as a whole.
 
-    shown: what the user calls the folder.
+    shown: what the user calls the folder; home: links that lead out of it are refused.
     """
     entries = sorted(folder.iterdir(), key=lambda path: path.name) if folder.is_dir() else []
     entries = [path for path in entries if not path.name.startswith(".")]
-    if not any(path.suffix == ".jsonl" for path in entries):
-        yield shown, 0, Unreadable("no .jsonl file in this folder", f"put files there with lines such as {SHAPE[kind]}")
+    if not entries:
+        yield shown, 0, Unreadable("no file in this folder", f"put files there with lines such as {SHAPE[kind]}")
     for path in entries:
-        name = f"{shown}/{path.name}"
-        if path.suffix != ".jsonl" or not path.is_file():
-            yield name, 0, Unreadable("not a .jsonl file", f"move it away, or write lines such as {SHAPE[kind]}")
-        elif path.stat().st_size == 0:
+        name, source = f"{shown}/{path.name}", readers.source_of(path)
+        if path.is_symlink() and not path.resolve().is_relative_to(home.resolve()):
+            yield name, 0, Unreadable("a link that leads out of the workspace", "put the file itself here")
+        elif source is None:
+            known = ", ".join(readers.SUFFIXES)
+            remedy = f"move it away, or write lines such as {SHAPE[kind]}"
+            yield name, 0, Unreadable(f"not a file that is read ({known}, or these compressed)", remedy)
+        elif path.is_file() and path.stat().st_size == 0:
             yield name, 0, Unreadable("empty file", "fill it, or remove it")
         else:
-            with path.open("rb") as lines:
-                for n, line in enumerate(lines, 1):
-                    yield name, n, line.rstrip(b"\r\n")
+            for number, record in source.records():
+                yield name, number, record
 
 
 class Kind:
@@ -301,6 +303,13 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         file.writelines(dump(row) + "\n" for row in rows)
 
 
+def beginning(record: Any) -> str:
+    """The first characters of a record, to know it by."""
+    if isinstance(record, Unreadable):
+        return ""
+    return record.decode("utf-8", "backslashreplace")[:200] if isinstance(record, bytes) else repr(record)[:200]
+
+
 def run(job: Job) -> dict[str, Any]:
     """Read data/, write artifacts/curate/. Returns the number of rows of each file and how many were quarantined."""
     started = time.monotonic()
@@ -310,13 +319,14 @@ def run(job: Job) -> dict[str, Any]:
     kinds = {kind: Kind(kind, options) for kind in KINDS}
     quarantine: list[Row] = []
     for step, (kind, rows) in enumerate(kinds.items(), 1):
-        for file, line, raw in lines_of(folder / kind, f"{shown}/{kind}", kind):
+        for file, line, record in records_of(folder / kind, f"{shown}/{kind}", kind, job.root):
             try:
-                if isinstance(raw, Unreadable):
-                    raise raw
-                rows.add(parse(raw, kind))
+                if isinstance(record, Unreadable):
+                    raise record
+                for row in understood(parse(record, kind) if isinstance(record, bytes) else record, kind):
+                    rows.add(row)
             except Unreadable as error:
-                begins = "" if isinstance(raw, Unreadable) else raw.decode("utf-8", "backslashreplace")[:200]
+                begins = beginning(record)
                 where = {"file": file, "line": line, "text": begins}
                 quarantine.append({**where, "reason": error.reason, "remedy": error.remedy})
         job.log(step, len(kinds), {f"{kind}_rows": rows.counts["rows_read"], "quarantined": len(quarantine)})

@@ -176,13 +176,14 @@ def test_an_unreadable_row_is_named_and_the_others_are_kept(
 
 
 def test_files_that_are_wrong_as_a_whole_are_quarantined_with_line_0(tmp_path: Path) -> None:
-    write(tmp_path, {"sft/empty.jsonl": b"", "prompts/table.csv": b"a,b\n"})
+    write(tmp_path, {"sft/empty.jsonl": b"", "prompts/table.xlsx": b"a,b\n", "pretrain/none.csv": b"a,a\n"})
     figures, files = run(tmp_path)
     assert [(row["file"], row["line"], row["reason"]) for row in files["quarantine"]] == [
+        ("data/pretrain/none.csv", 0, "the first line does not name each column once"),
         ("data/sft/empty.jsonl", 0, "empty file"),
-        ("data/prompts", 0, "no .jsonl file in this folder"),
-        ("data/prompts/table.csv", 0, "not a .jsonl file"),
+        ("data/prompts/table.xlsx", 0, files["quarantine"][2]["reason"]),
     ]
+    assert files["quarantine"][2]["reason"].startswith("not a file that is read (.jsonl, ")
     assert figures["sft.train"] == 0
 
 
