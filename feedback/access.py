@@ -40,6 +40,10 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/plain/thumb"): "rate",
     ("GET", "/you"): "rate",
     ("POST", "/you/withdraw"): "rate",
+    ("GET", "/moderation"): "moderate",
+    ("POST", "/moderation"): "moderate",
+    ("GET", "/moderation/audit"): "moderate",
+    ("GET", "/dashboard"): "read",
     ("GET", "/assets/{name}"): OPEN,
     ("GET", "/signin"): OPEN,
     ("POST", "/signin"): OPEN,
@@ -78,12 +82,16 @@ ROUTES: dict[tuple[str, str], str] = {
     ("POST", "/v1/tasks/{task_id}/ranking"): "label",
     ("POST", "/v1/tasks/{task_id}/skip"): "label",
     ("POST", "/v1/tasks/{task_id}/gold"): "label",
+    ("GET", "/v1/dashboard"): "read",
 }
 # pages, in the order of the navigation, with their names in words/frame.json (page_NAME); nameless ones stand in none
 PAGES = {
     "/": "chat",
     "/plain": "",
     "/label": "label",
+    "/moderation": "moderation",
+    "/moderation/audit": "",
+    "/dashboard": "dashboard",
     "/you": "you",
 }
 OF_ONE_ANSWER = "/v1/feedback/{completion_id}/"  # where a feedback token opens the door
@@ -93,6 +101,7 @@ FORMS = (
     "/plain",
     "/plain/thumb",
     "/you/withdraw",
+    "/moderation",
 )  # work without JavaScript; their handlers check the token in the form
 SAFE = ("GET", "HEAD", "OPTIONS")
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")

@@ -24,6 +24,7 @@ completion = table_of(CompletionRow)
 State = Literal["pending", "accepted", "quarantined", "rejected"]
 After = Annotated[int, Query(ge=0, lt=2**63)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
+ACT = "feedback.moderate"
 SHOWN = ("kind", "value", "ranked", "reasons", "comment", "correction", "source", "channel", "locale", "retracted")
 
 
@@ -68,25 +69,39 @@ def entry(row: sa.Row[Any]) -> dict[str, Any]:
     }
 
 
-def judge(connection: sa.Connection, feedback_id: int, judgement: Judgement, actor: str) -> tuple[Event, bool]:
+def judge(
+    connection: sa.Connection, feedback_id: int, judgement: Judgement, actor: str, *, seen: int | None = None
+) -> tuple[Event, int]:
     """Set an opinion's state, with its event and the audit's entry, in one transaction; a repetition writes nothing.
 
-    Returns the newest event, and whether it is new. Raises Refused 404, 409 for an erased opinion, 422 without a reason.
+    seen: the event that made it what the moderator saw. Returns the newest event, and the number of the audit's entry, 0
+    for a repetition. Raises Refused 404, 409 for an erased opinion or one that is not as it was seen, 422 without a reason.
     """
     row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).first()
     if row is None:
         raise Refused(404, "feedback_not_found", f"there is no opinion {feedback_id}")
     if row.moderation == "erased":
         raise Refused(409, "feedback_erased", f"opinion {feedback_id} was erased on its author's demand")
+    check_reason(judgement)
+    if {"state": row.moderation, "reason": row.moderation_reason} == judgement.model_dump():
+        return opinions.newest_event(connection, feedback_id), 0
+    if seen not in (None, row.last_seq):
+        raise Refused(409, "feedback_changed", f"opinion {feedback_id} has changed since it was seen: look at it again")
+    return set_state(connection, row, judgement, actor)
+
+
+def check_reason(judgement: Judgement) -> None:
+    """Raises Refused 422 when everything but accepting lacks its reason."""
     if judgement.state != "accepted" and not judgement.reason.strip():
         raise Refused(422, "reason_required", "reason: say why; it is shown to those who ask")
+
+
+def set_state(connection: sa.Connection, row: sa.Row[Any], judgement: Judgement, actor: str) -> tuple[Event, int]:
+    """Write a judgement of an opinion's row: the event, and the audit's entry with its number."""
     before = {"state": row.moderation, "reason": row.moderation_reason}
-    after = judgement.model_dump()
-    if before == after:
-        return opinions.newest_event(connection, feedback_id), False
-    event = opinions.moderate(connection, feedback_id, judgement.state, judgement.reason)
-    audit.record(connection, actor, "feedback.moderate", f"feedback:{feedback_id}", before, after)
-    return event, True
+    event = opinions.moderate(connection, row.id, judgement.state, judgement.reason)
+    act = audit.record(connection, actor, ACT, f"feedback:{row.id}", before, judgement.model_dump())
+    return event, act
 
 
 @router.get("/moderation")
@@ -105,8 +120,8 @@ async def post_judgement(
     """Accept, quarantine or reject an opinion. It is an event of the log, so the next batch and snapshot know."""
     actor = request.state.caller.actor(speaker(request, None))
     operation = partial(judge, feedback_id=feedback_id, judgement=judgement, actor=actor)
-    event, new = await request.app.state.service.writer.put(operation)
-    headers = None if new else {"Idempotent-Replayed": "true"}
+    event, act = await request.app.state.service.writer.put(operation)
+    headers = None if act else {"Idempotent-Replayed": "true"}
     reason = event.payload["moderation_reason"]
     return JSONResponse({**shown(event), "feedback_id": feedback_id, "reason": reason}, headers=headers)
 

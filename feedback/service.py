@@ -29,11 +29,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from feedback import (
     chat,
     chat_page,
+    dashboard_page,
     downloads,
     errors,
     keys,
     label_page,
     moderation,
+    moderation_page,
     page,
     signin,
     tasks,
@@ -42,6 +44,7 @@ from feedback import (
 )
 from feedback.access import CSRF, TOKEN, Guard
 from feedback.champion import Crown, Defaults
+from feedback.dashboard import Dashboard
 from feedback.engine import DecoderEngine, Engine
 from feedback.guideline import guideline
 from feedback.identity import Identity, read_secret
@@ -66,6 +69,7 @@ class Service:
     identity: Identity
     settings: Settings
     metrics: Metrics
+    dashboard: Dashboard
     keys: chat.KeyLocks = field(default_factory=chat.KeyLocks)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -98,7 +102,7 @@ def create_app(
             crown = RemoteCrown(engine, Defaults(max_tokens=chosen.engine_max_tokens))
         else:
             crown = Crown(store, engine, models_root)
-        service = app.state.service = Service(store, writer, engine, crown, identity, chosen, metrics)
+        service = app.state.service = Service(store, writer, engine, crown, identity, chosen, metrics, Dashboard(store))
         metrics.watch(service)
         follower = asyncio.create_task(crown.follow())
         try:
@@ -133,6 +137,8 @@ def create_app(
     app.include_router(chat_page.router)
     app.include_router(label_page.router)
     app.include_router(you_page.router)
+    app.include_router(moderation_page.router)
+    app.include_router(dashboard_page.router)
     app.include_router(signin.router)
     add_health(app)
     return app

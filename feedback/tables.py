@@ -102,6 +102,8 @@ class CompletionRow(Table):
         Index(None, "model_hash"),
         Index(None, "conversation"),
         Index(None, "parent"),
+        # what the dashboard counts, without reading the answers themselves
+        Index("ix_completion_served", "created_at", "status", "model_hash", "first_token_ms", "total_ms"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)  # chatcmpl- and a uuid7
@@ -153,6 +155,7 @@ class FeedbackRow(Table):
         CheckConstraint("other <> completion_id", name="itself"),
         CheckConstraint("kind <> 'edit' OR correction <> '' OR moderation = 'erased'", name="edit"),
         Index(None, "last_seq"),
+        Index(None, "created_at"),
         Index(None, "subject"),
         Index("ix_feedback_other", "other", sqlite_where=text("other <> ''"), postgresql_where=text("other <> ''")),
         Index(  # what waits for a moderator

@@ -204,6 +204,20 @@ PLANS = {
         "ix_feedback_moderation",
     ),
     "the batch of an opinion": ("SELECT * FROM training_batch_item WHERE feedback_id = 3", "ix_training_batch_item"),
+    "said on a day": (
+        "SELECT kind, count(*) FROM feedback WHERE created_at >= '2026-01-01' AND created_at < '2026-01-02' GROUP BY kind",
+        "ix_feedback_created_at",
+    ),
+    "answered on a day": (
+        "SELECT model_hash, status, count(*) FROM completion WHERE created_at >= '2026-01-01' AND created_at < '2026-01-02' "
+        "GROUP BY model_hash, status",
+        "ix_completion_served",
+    ),
+    "the newest times of answers": (
+        "SELECT first_token_ms, total_ms FROM completion WHERE created_at >= '2026-01-01' AND status = 'complete' "
+        "ORDER BY created_at DESC LIMIT 9",
+        "ix_completion_served",
+    ),
     "other tries": ("SELECT * FROM completion WHERE parent = 'x'", "ix_completion_parent"),
 }
 
