@@ -24,13 +24,25 @@ class GateOptions:
     min_ended_kept: float = 0.75  # of the SFT model's share of answers that end by themselves
     max_perplexity_ratio: float = 1.10  # to the SFT model's, on held-out pretraining text
     max_kl: float = 15.0  # to the SFT model
+    max_next_turn_fall: float = (
+        0.1  # of the share of true answers told from others, when the whole interval is below minus this
+    )
+    max_expert_fall: float = 0.0  # of the agreement with held-out judgements of experts, likewise
+    min_expert_pairs: int = 10  # with fewer held-out judgements of experts nothing is concluded from them
+    min_win_rate: float = (
+        0.5  # by each of judge.judges, length-controlled: the interval's lower end has to be above this
+    )
+    max_judge_failures: float = 0.1  # share of the pairs that one of judge.judges gives no verdict on
     min_prompts: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("max_most_common", "min_distinct", "min_relevance_kept", "min_ended_kept"):
+        for name in (
+            *("max_most_common", "min_distinct", "min_relevance_kept", "min_ended_kept"),
+            *("max_next_turn_fall", "max_expert_fall", "min_win_rate", "max_judge_failures"),
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share: give a number from 0 to 1, not {getattr(self, name)}")
-        for name in ("max_second_judge_fall", "max_perplexity_ratio", "max_kl", "min_prompts"):
+        for name in ("max_second_judge_fall", "max_perplexity_ratio", "max_kl", "min_prompts", "min_expert_pairs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative, it is {getattr(self, name)}")
 
@@ -95,6 +107,9 @@ def decide(report: Mapping[str, Any], options: GateOptions | None = None) -> Dec
                 "held-out perplexity over the SFT model's",
             ),
             _below("kl", candidate["kl_per_answer"], limits.max_kl, "KL to the SFT model, nats per answer,"),
+            _next_turn(report["comparisons"]["sft"], limits),
+            _expert(report["expert"], limits),
+            *(_judge(name, told, limits) for name, told in report["pairwise"].items() if name != "words"),
         )
     )
 
@@ -124,6 +139,44 @@ def _second_judge(against: Mapping[str, Any], limits: GateOptions) -> Check:
         f"{'no fall beyond chance' if passed else 'a fall that chance does not explain'}"
     )
     return Check("second_judge", passed, text)
+
+
+def _next_turn(against: Mapping[str, Any], limits: GateOptions) -> Check:
+    if against["next_turn_gain"] is None:
+        return Check("next_turn", True, "true answers told from others: not applicable, too few held-out conversations")
+    return _fall("next_turn", "true answers told from others", against, "next_turn_gain", limits.max_next_turn_fall)
+
+
+def _expert(expert: Mapping[str, Any] | None, limits: GateOptions) -> Check:
+    if expert is None:
+        return Check("expert", True, "experts' held-out judgements: not applicable, there are none")
+    if expert["pairs"] < limits.min_expert_pairs:
+        text = f"experts' held-out judgements: not applicable, {expert['pairs']} pairs are too few to conclude from"
+        return Check("expert", True, text)
+    return _fall(
+        "expert", f"agreement with {expert['pairs']} judgements of experts", expert, "gain", limits.max_expert_fall
+    )
+
+
+def _judge(name: str, told: Mapping[str, Any], limits: GateOptions) -> Check:
+    rate, low, high = (float(told[key]) for key in _with_ends("length_controlled_win_rate"))
+    failed = told["failures"] / told["pairs"] if told["pairs"] else 1.0
+    if not failed <= limits.max_judge_failures:
+        text = f"judge {name} gave no verdict on {failed:.0%} of the pairs, at most {limits.max_judge_failures:.0%} may fail"
+        return Check(f"judge {name}", False, text)
+    passed = low > limits.min_win_rate
+    text = (
+        f"judge {name}: length-controlled win rate {rate:.3f} [{low:.3f}, {high:.3f}] against the champion, the interval's "
+        f"lower end is {'above' if passed else 'not above'} {limits.min_win_rate:.3f}"
+    )
+    return Check(f"judge {name}", passed, text)
+
+
+def _fall(name: str, what: str, figures: Mapping[str, Any], key: str, limit: float) -> Check:
+    gain, low, high = (float(figures[each]) for each in _with_ends(key))
+    passed = high >= -limit
+    ending = "no fall beyond chance" if passed else "a fall that chance does not explain"
+    return Check(name, passed, f"{what} {gain:+.3f} [{low:+.3f}, {high:+.3f}], {limit:.3f} allowed: {ending}")
 
 
 def _relevance(candidate: float, sft: float, limits: GateOptions) -> Check:

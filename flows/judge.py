@@ -7,23 +7,22 @@ them stand the figures that tell a gain from a collapse. All models answer a pro
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flows import figures, sentiment
+from flows import figures, judges, pairwise, retention, sentiment
+from flows.contender import Contender, Prompt, fitting, read_prompts
 from flows.figures import Interval
 from flows.gate import GateOptions, decide
-from models.checkpoint import load_model, model_hash
+from flows.judges import JudgeSpec
+from flows.pairwise import Orders
 from models.job import Job
 from models.rollout import Answer, generate, sequence_logprobs
-from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
 ROLES = ("sft", "champion_before", "candidate")
@@ -35,7 +34,9 @@ DIGITS = 6
 class JudgeOptions:
     """Section `judge` of params.yaml.
 
-    prompts: at most so many of the report's bucket; perplexity_tokens: of held-out text; samples: rows of samples.jsonl."""
+    prompts: at most so many of the report's bucket; perplexity_tokens: of held-out text; samples: rows of samples.jsonl;
+    choices: held-out conversations whose true answer is to be told from others; judges: more judges, see JudgeSpec.
+    """
 
     prompts: int = 400
     max_new_tokens: int = 32
@@ -44,49 +45,19 @@ class JudgeOptions:
     bootstrap: int = 2000
     perplexity_tokens: int = 12_000
     samples: int = 20
+    choices: int = 200
+    judges: list[JudgeSpec] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        specs = [each if isinstance(each, JudgeSpec) else JudgeSpec(**each) for each in self.judges]
+        object.__setattr__(self, "judges", specs)
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ValueError("judges: every judge needs a name of its own")
         for name in ("prompts", "max_new_tokens", "width", "bootstrap", "perplexity_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, it is {self.temperature}: the judge looks at samples")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of the report's bucket and the random stream that all models answer it with."""
-
-    id: str
-    messages: list[dict[str, str]]
-    seed: int
-
-    @property
-    def text(self) -> str:
-        """What the user said last."""
-        return self.messages[-1]["content"]
-
-
-class Contender:
-    """A model folder that takes part: weights, tokenizer and hash, each loaded once."""
-
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = folder, device
-        self.hash = model_hash(folder)
-
-    @cached_property
-    def model(self) -> Transformer:
-        """The decoder, in evaluation mode."""
-        return load_model(self.folder, self.device)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The folder's own tokenizer."""
-        return Tokenizer.load(self.folder)
-
-    def speaks_as(self, other: Contender) -> bool:
-        """Whether both have the same tokens, so that their probabilities can be compared token by token."""
-        return (self.folder / "tokenizer.json").read_bytes() == (other.folder / "tokenizer.json").read_bytes()
 
 
 @dataclass(frozen=True)
@@ -129,6 +100,8 @@ def run(job: Job) -> dict[str, Any]:
 
     made = make_report(judged, seed=job.seed, language=language, resamples=options.bootstrap)
     report: dict[str, Any] = {"method": method_of(job), **made}
+    report["pairwise"] = compare_pairs(job, options, prompts, judged)
+    add_retention(job, options, report, contenders)
     decision = decide(report, limits)
     report["gate"] = decision.as_dict()
     base = Contender(job.input("artifacts/pretrain/model"), job.device)
@@ -174,25 +147,6 @@ def find_contenders(job: Job) -> dict[str, Contender]:
         "champion_before": champion,
         "candidate": Contender(job.input(f"artifacts/{method_of(job)}/model"), job.device),
     }
-
-
-def read_prompts(path: Path, seed: int) -> list[Prompt]:
-    """The prompts of the report's bucket, in the order of their ids (which are hashes: a shuffle that never changes)."""
-    with path.open(encoding="utf-8") as file:
-        rows = sorted((json.loads(line) for line in file), key=lambda row: row["id"])
-    return [Prompt(row["id"], row["messages"], stream_seed(seed, row["id"])) for row in rows]
-
-
-def stream_seed(seed: int, name: str) -> int:
-    """A number for one prompt's random stream."""
-    return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:8], 16)
-
-
-def fitting(prompts: list[Prompt], contenders: Sequence[Contender], max_new_tokens: int) -> list[Prompt]:
-    """The prompts that leave every contender room for a whole answer, so that all answer the same ones."""
-    tongues = {(c.folder / "tokenizer.json").read_bytes(): c.tokenizer for c in contenders}
-    room = min(c.model.config.context_length for c in contenders) - max_new_tokens
-    return [p for p in prompts if all(len(t.encode_chat(p.messages)) <= room for t in tongues.values())]
 
 
 # ---------------------------------------------------------------- measuring one model
@@ -378,6 +332,66 @@ def ratio(over: float | None, under: float | None) -> float | None:
 def rounded(number: float) -> float:
     """To the report's digits, so that last bits do not make another report."""
     return round(float(number), DIGITS)
+
+
+# ---------------------------------------------------------------- other judges, and what was kept
+
+
+def compare_pairs(
+    job: Job, options: JudgeOptions, prompts: Sequence[Prompt], judged: dict[str, Judged]
+) -> dict[str, dict[str, Any]]:
+    """What each judge says of candidate against champion, pair by pair: the built-in word list, and options.judges."""
+    candidate, other = judged["candidate"], judged["champion_before"]
+    pairs = [
+        judges.Pair(prompt.messages, *texts)
+        for prompt, *texts in zip(prompts, candidate.texts, other.texts, strict=True)
+    ]
+    own, theirs = ([len(text) for text in side.texts] for side in (candidate, other))
+    orders = [by_thumbs(*both) for both in zip(candidate.thumbs, other.thumbs, strict=True)]
+    told = pairwise.figures(orders, own, theirs, resamples=options.bootstrap, seed=job.seed)
+    found = {"words": {"kind": "words", **told}}
+    for spec in options.judges:
+        few = spec.prompts or len(pairs)
+        tally = judges.ask(spec, pairs[:few], job.root, job.device)
+        told = pairwise.figures(tally.orders, own[:few], theirs[:few], resamples=options.bootstrap, seed=job.seed)
+        found[spec.name] = {"kind": spec.kind, **told, "cost": tally.cost}
+    return found
+
+
+def by_thumbs(candidate: bool, other: bool) -> Orders:
+    """Two thumbs as a verdict; a word list reads each answer alone, so the order cannot matter."""
+    if candidate == other:
+        return Orders("tie", "tie")
+    return Orders("first", "second") if candidate else Orders("second", "first")
+
+
+def add_retention(job: Job, options: JudgeOptions, report: dict[str, Any], contenders: dict[str, Contender]) -> None:
+    """Put into the report what of older knowledge is kept: next_turn_accuracy of each model that speaks as the SFT model
+    does, its gain over the SFT model (the alignment tax), and `expert`, on held-out judgements of experts (None: there are
+    none)."""
+    sft, candidate = contenders["sft"], contenders["candidate"]
+    draw = {"resamples": options.bootstrap, "seed": job.seed}
+    speaking = {role: c for role, c in contenders.items() if c.speaks_as(sft)}
+    context = min(c.model.config.context_length for c in speaking.values())
+    path = job.input("artifacts/curate") / "sft.heldout.jsonl"
+    asked = retention.questions(path, sft.tokenizer, context, options.choices, job.seed)
+    report["comparisons"]["sft"]["next_turn_gain"] = None
+    if asked:
+        empty = sft.tokenizer.encode_chat([{"role": "user", "content": ""}])
+        told = {role: retention.right(c.model, asked, empty) for role, c in speaking.items()}
+        for role, answers in told.items():
+            report[role] |= spread("next_turn_accuracy", figures.wilson(sum(answers), len(answers)))
+        gain = figures.paired_bootstrap(told["candidate"], told["sft"], **draw)
+        report["comparisons"]["sft"] |= spread("next_turn_gain", gain)
+    vocabulary = sft.tokenizer.vocab_size
+    judgements = retention.expert_judgements(job.input("artifacts/snapshot"), job.work, vocabulary, context)
+    report["expert"] = None
+    if judgements:
+        before = "champion_before" if "champion_before" in speaking else "sft"
+        sides = [retention.agrees(c.model, judgements) for c in (candidate, contenders[before])]
+        kept = {"against": before, "pairs": len(judgements)}
+        kept |= {name: rounded(float(np.mean(side))) for name, side in zip(("candidate", "before"), sides, strict=True)}
+        report["expert"] = kept | spread("gain", figures.paired_bootstrap(*sides, **draw))
 
 
 # ---------------------------------------------------------------- files

@@ -17,7 +17,12 @@ GOOD: dict[str, Any] = {
         "kl_per_answer": 4.0,
     },
     "comparisons": {
-        "sft": {"perplexity_ratio": 1.02},
+        "sft": {
+            "perplexity_ratio": 1.02,
+            "next_turn_gain": -0.01,
+            "next_turn_gain_low": -0.04,
+            "next_turn_gain_high": 0.02,
+        },
         "champion_before": {
             "thumbs_up_gain": 0.3,
             "thumbs_up_gain_low": 0.25,
@@ -25,6 +30,17 @@ GOOD: dict[str, Any] = {
             "second_judge_gain": 0.1,
             "second_judge_gain_low": 0.04,
             "second_judge_gain_high": 0.16,
+        },
+    },
+    "expert": {"pairs": 40, "gain": 0.02, "gain_low": -0.05, "gain_high": 0.1},
+    "pairwise": {
+        "words": {"pairs": 400, "failures": 0},
+        "house": {
+            "pairs": 400,
+            "failures": 8,
+            "length_controlled_win_rate": 0.6,
+            "length_controlled_win_rate_low": 0.55,
+            "length_controlled_win_rate_high": 0.65,
         },
     },
 }

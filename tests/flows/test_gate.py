@@ -24,7 +24,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_a_good_candidate_is_promoted_with_every_reason() -> None:
     decision = decide(GOOD)
     assert decision.promote
-    assert len(decision.reasons) == 9
+    assert len(decision.reasons) == 12
     assert decision.as_dict()["decision"] == "promote"
     assert "+0.300 [+0.250, +0.350]" in decision.reasons[1]
 
@@ -47,6 +47,18 @@ def test_a_good_candidate_is_promoted_with_every_reason() -> None:
         ("comparisons/sft/perplexity_ratio", float("nan"), "perplexity"),
         ("candidate/kl_per_answer", 15.0, "kl"),
         ("candidate/kl_per_answer", float("inf"), "kl"),
+        ("candidate/kl_per_answer", float("nan"), "kl"),
+        ("candidate/most_common_share", float("nan"), "most_common"),
+        ("candidate/distinct_answers", float("nan"), "distinct"),
+        ("comparisons/champion_before/second_judge_gain_high", float("nan"), "second_judge"),
+        ("comparisons/sft/next_turn_gain_high", -0.101, "next_turn"),
+        ("comparisons/sft/next_turn_gain_high", float("nan"), "next_turn"),
+        ("expert/gain_high", -0.001, "expert"),
+        ("expert/gain_high", float("nan"), "expert"),
+        ("pairwise/house/length_controlled_win_rate_low", 0.5, "judge house"),
+        ("pairwise/house/length_controlled_win_rate_low", float("nan"), "judge house"),
+        ("pairwise/house/failures", 41, "judge house"),
+        ("pairwise/house/pairs", 0, "judge house"),
     ],
 )
 def test_each_figure_alone_stops_it(path: str, value: float, name: str) -> None:
@@ -73,6 +85,14 @@ def test_each_figure_alone_stops_it(path: str, value: float, name: str) -> None:
         ("sft/ended_share", 0.0),
         ("comparisons/sft/perplexity_ratio", 1.10),
         ("candidate/kl_per_answer", 14.999),
+        ("comparisons/sft/next_turn_gain_high", -0.1),
+        ("comparisons/sft/next_turn_gain", None),
+        ("expert/gain_high", 0.0),
+        ("expert", None),
+        ("expert", {"pairs": 9, "gain": -0.9, "gain_low": -1.0, "gain_high": -0.8}),
+        ("pairwise/house/length_controlled_win_rate_low", 0.501),
+        ("pairwise/house/failures", 40),
+        ("pairwise", {}),
     ],
 )
 def test_what_lies_on_the_right_side_of_the_line_passes(path: str, value: Any) -> None:
@@ -102,11 +122,33 @@ def test_decide_leaves_the_report_alone_and_ignores_an_earlier_decision() -> Non
     assert report == before
 
 
-def test_a_report_that_lacks_a_figure_is_named() -> None:
+def paths(report: dict[str, Any], folder: str = "") -> list[str]:
+    """Every figure of a report, as a path."""
+    found = []
+    for key, value in report.items():
+        found += paths(value, f"{folder}{key}/") if isinstance(value, dict) else [f"{folder}{key}"]
+    return found
+
+
+READ = [p for p in paths(GOOD) if p != "seed" and "words" not in p]
+OPTIONAL = ("comparisons/champion_before/second_judge_gain",)  # a language that no second judge reads
+
+
+@pytest.mark.parametrize("path", [p for p in READ if p not in OPTIONAL])
+def test_a_report_that_lacks_a_figure_is_named(path: str) -> None:
     report = copy.deepcopy(GOOD)
-    del report["candidate"]["kl_per_answer"]
-    with pytest.raises(KeyError, match="kl_per_answer"):
+    *folders, last = path.split("/")
+    place = report
+    for folder in folders:
+        place = place[folder]
+    del place[last]
+    with pytest.raises(KeyError, match=last):
         decide(report)
+
+
+def test_what_is_not_applicable_is_said() -> None:
+    reasons = decide(changed("expert", None)).reasons
+    assert any("experts' held-out judgements: not applicable" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize(

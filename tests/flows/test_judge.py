@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from flows import judge
-from flows.judge import Contender, Judged, JudgeOptions, Prompt
+from flows import judge, retention
+from flows.contender import Contender, Prompt, fitting, stream_seed
+from flows.judge import Judged, JudgeOptions
 from models.checkpoint import model_hash, save_model
 from models.config import ModelConfig
 from models.corpus import text_stream
@@ -31,9 +34,11 @@ DEPS = (
     "artifacts/pretrain/model",
     "artifacts/tokenize",
     "artifacts/curate",
+    "artifacts/snapshot",
     "champion.json",
 )
-OPTIONS = {"prompts": 12, "max_new_tokens": 8, "width": 4, "bootstrap": 200, "perplexity_tokens": 300, "samples": 3}
+OPTIONS: dict[str, Any] = {"prompts": 12, "max_new_tokens": 8, "width": 4, "bootstrap": 200, "samples": 3, "choices": 9}
+OPTIONS["perplexity_tokens"] = 300
 
 
 def sentences(count: int) -> list[str]:
@@ -77,6 +82,10 @@ def workspace(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) ->
     tokenize.mkdir()
     rows = [{"id": f"{i:016x}", "messages": [{"role": "user", "content": t}]} for i, t in enumerate(sentences(30))]
     (curate / "prompts.report.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairwise(sentences(16))]
+    (curate / "sft.heldout.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    (tmp_path / "artifacts/snapshot").mkdir()
+    (tmp_path / "artifacts/snapshot/opinions.heldout.jsonl").write_text("")
     np.save(tokenize / "pretrain.heldout.npy", text_stream(tokenizer, sentences(60)))
     name_champion(tmp_path, "artifacts/sft/model")
     return tmp_path
@@ -87,10 +96,12 @@ def name_champion(root: Path, path: str) -> None:
     (root / "champion.json").write_text(json.dumps(content))
 
 
-def run(root: Path, name: str = "out", gate: dict[str, Any] | None = None) -> tuple[dict[str, Any], Path]:
+def run(
+    root: Path, name: str = "out", gate: dict[str, Any] | None = None, **options: Any
+) -> tuple[dict[str, Any], Path]:
     output = root / name
     output.mkdir()
-    params = {"seed": 7, "judge": OPTIONS, "gate": gate or {}}
+    params = {"seed": 7, "judge": OPTIONS | options, "gate": gate or {}}
     result = judge.run(Job("judge", root, DEPS, output, root / "work", params))
     report = json.loads((output / "report.json").read_text())
     assert result["prompts"] == report["prompts"]
@@ -110,6 +121,8 @@ def test_the_whole_stage(workspace: Path) -> None:
             "champion_before",
             "candidate",
             "comparisons",
+            "pairwise",
+            "expert",
             "gate",
         )
     }
@@ -120,6 +133,11 @@ def test_the_whole_stage(workspace: Path) -> None:
     assert report["candidate"]["kl_per_answer"] > 0
     assert report["gate"]["decision"] == "keep"
     assert any("12 prompts" in reason for reason in report["gate"]["reasons"])
+
+    assert report["expert"] is None and set(report["pairwise"]) == {"words"}
+    words = report["pairwise"]["words"]
+    assert words["win_rate"] == report["comparisons"]["champion_before"]["win_rate"]
+    assert 0 <= report["candidate"]["next_turn_accuracy"] <= 1
 
     answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     assert [row["id"] for row in answers] == [f"{i:016x}" for i in range(12)]
@@ -170,6 +188,65 @@ def test_a_champion_with_another_tokenizer_still_answers(workspace: Path, tmp_pa
     assert "perplexity" not in report["champion_before"]
     assert isinstance(report["champion_before"]["relevance"], float)
     assert report["comparisons"]["champion_before"]["perplexity_ratio"] is None
+
+
+def test_true_answers_are_told_from_others_by_likelihood(workspace: Path, folders: dict[str, Path]) -> None:
+    sft = Contender(folders["sft"])
+    path = workspace / "artifacts/curate/sft.heldout.jsonl"
+    asked = retention.questions(path, sft.tokenizer, 64, 9, seed=1)
+    assert asked == retention.questions(path, sft.tokenizer, 64, 9, seed=1)
+    assert len(asked) == 9 and all(len(set(map(tuple, q.answers))) == 4 for q in asked)
+    empty = sft.tokenizer.encode_chat([{"role": "user", "content": ""}])
+    told = retention.right(sft.model, asked, empty)
+    for question, found in zip(asked, told, strict=True):
+        gains = [
+            float(np.subtract(*judge.total_logprobs(sft.model, [question.prompt, empty], [answer] * 2)))
+            for answer in question.answers
+        ]
+        assert found == (max(range(4), key=lambda i: gains[i]) == 0)
+    uniform = Contender(folders["uniform"])
+    assert not any(retention.right(uniform.model, asked, empty))  # no answer gains anything: a tie is no answer
+    assert retention.questions(path, sft.tokenizer, 4, 9, seed=1) == []
+
+
+def test_what_experts_said_of_held_out_answers_is_asked_of_both_models(workspace: Path, tokenizer: Tokenizer) -> None:
+    rows = []
+    for number, (better, worse) in enumerate(pairwise(sentences(21))):
+        prompt = tokenizer.encode_chat([{"role": "user", "content": f"say {number}"}])
+        row = {"kind": "comparison", "prompt_ids": prompt, "source": "human_expert"}
+        rows.append(row | {"chosen_ids": tokenizer.encode(better), "rejected_ids": tokenizer.encode(worse)})
+    rows.append(rows[0] | {"source": "human_user"})
+    (workspace / "artifacts/snapshot/opinions.heldout.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    report, _ = run(workspace)
+    expert = report["expert"]
+    assert (expert["pairs"], expert["against"]) == (20, "champion_before")
+    assert expert["gain"] == pytest.approx(expert["candidate"] - expert["before"], abs=1e-6)
+    model = Contender(workspace / "artifacts/ppo/model").model
+    likelier = [
+        judge.total_logprobs(model, [r["prompt_ids"]], [r["chosen_ids"]])[0] / len(r["chosen_ids"])
+        > judge.total_logprobs(model, [r["prompt_ids"]], [r["rejected_ids"]])[0] / len(r["rejected_ids"])
+        for r in rows[:20]
+    ]
+    assert expert["candidate"] == pytest.approx(np.mean(likelier))
+    assert "expert" in report["gate"]["checks"]
+
+
+def test_a_judge_of_the_teams_own_takes_part_and_can_stop_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workspace / "house_judge.py").write_text(
+        "def shorter(messages, first, second):\n"
+        "    return 'tie' if len(first) == len(second) else 'first' if len(first) < len(second) else 'second'\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    report, output = run(
+        workspace, judges=[{"name": "short", "kind": "callable", "target": "house_judge:shorter", "prompts": 10}]
+    )
+    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()][:10]
+    points = [(len(r["champion_before"]["text"]), len(r["candidate"]["text"])) for r in answers]
+    expected = np.mean([0.5 if a == b else float(b < a) for a, b in points])
+    told = report["pairwise"]["short"]
+    assert (told["pairs"], told["win_rate"], told["cost"]) == (10, pytest.approx(expected), {"calls": 20})
+    assert (told["position_bias"], told["consistent"]) == (0.0, 1.0)
+    assert "judge short" in report["gate"]["checks"]
 
 
 def test_a_changed_champion_folder_is_noticed(workspace: Path) -> None:
@@ -247,7 +324,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_left_out(folders: dict[str
     sft = Contender(folders["sft"])
     short = Prompt("a", [{"role": "user", "content": "yes"}], 1)
     long = Prompt("b", [{"role": "user", "content": "yes " * 100}], 1)
-    assert judge.fitting([short, long], [sft], 8) == [short]
+    assert fitting([short, long], [sft], 8) == [short]
 
 
 @pytest.mark.parametrize("change", [{"prompts": 0}, {"temperature": 0.0}, {"bootstrap": 0}])
@@ -257,6 +334,6 @@ def test_impossible_options_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_random_streams_differ_by_prompt_and_by_seed() -> None:
-    make: Callable[[int, str], int] = judge.stream_seed
+    make: Callable[[int, str], int] = stream_seed
     assert make(1, "a") == make(1, "a")
     assert len({make(1, "a"), make(1, "b"), make(2, "a")}) == 3
