@@ -57,6 +57,11 @@ def model_name(model_hash: str) -> str:
     return f"thumbwheel-{model_hash[:12]}"
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; with `stream`, as server-sent events", "content": {"text/event-stream": {}}}
+}
+
+
 @router.get("/models")
 async def models(request: Request) -> JSONResponse:
     """The model that answers, in OpenAI's schema; model_hash, alias and origin are extensions. Empty until one is loaded."""
@@ -83,7 +88,7 @@ def card(service: Any, model_hash: str) -> dict[str, Any]:
     return {"id": model_name(model_hash), "object": "model", "created": created, "owned_by": "thumbwheel", **extensions}
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=STREAMED)
 async def chat(request: Request, body: ChatRequest, key: Key = None) -> Response:
     """Answer a conversation, whole or streamed. With an Idempotency-Key, a repetition gets the stored answer."""
     service = request.app.state.service
