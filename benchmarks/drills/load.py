@@ -24,19 +24,25 @@ CLIENTS = 16
 
 
 def thumb(luck: random.Random, answers: int, number: int) -> tuple[str, str, dict[str, Any], dict[str, str]]:
-    """One write (method, path, body, headers): mostly a thumb, some through POST with a key, some comparisons."""
-    kind, user = luck.random(), f"user {luck.randrange(200)}"
+    """One write (method, path, body, headers): mostly a thumb, some through POST with a key, some comparisons.
+
+    Its comment was never sent before, so that it is written and not found to be said already.
+    """
+    kind, said = (
+        luck.random(),
+        {"user": f"user {luck.randrange(200)}", "comment": f"{number} {luck.randrange(1 << 62)}"},
+    )
     completion = luck.randrange(answers)
     if kind < 0.7:
-        body: dict[str, Any] = {"value": luck.choice((1, -1)), "user": user}
+        body: dict[str, Any] = {**said, "value": luck.choice((1, -1))}
         return "PUT", f"/v1/feedback/chatcmpl-drill-{completion}/thumb", body, {}
     key = {"Idempotency-Key": f"load-{number}-{luck.randrange(1 << 62)}"}
     if kind < 0.9:
-        body = {"kind": "thumb", "completion_id": f"chatcmpl-drill-{completion}", "value": 1, "user": user}
+        body = {**said, "kind": "thumb", "completion_id": f"chatcmpl-drill-{completion}", "value": 1}
         return "POST", "/v1/feedback", body, key
     other = completion + PROMPTS if completion + PROMPTS < answers else completion - PROMPTS
     pair = [f"chatcmpl-drill-{completion}", f"chatcmpl-drill-{other}"]
-    return "POST", "/v1/comparisons", {"completion_ids": pair, "chosen": pair[0], "user": user}, key
+    return "POST", "/v1/comparisons", {**said, "completion_ids": pair, "chosen": pair[0]}, key
 
 
 async def send(client: Client, write: tuple[str, str, dict[str, Any], dict[str, str]]) -> str:
@@ -49,7 +55,7 @@ async def send(client: Client, write: tuple[str, str, dict[str, Any], dict[str, 
 
 async def open_loop(port: int, answers: int, rate: float, seconds: float) -> dict[str, Any]:
     """`rate` writes a second; client i sends the i-th, the (i + CLIENTS)-th, … each at its moment or as soon as it can."""
-    luck, number = random.Random(1), int(rate * seconds)
+    luck, number = random.Random(), int(rate * seconds)
     writes = [thumb(luck, answers, i) for i in range(number)]
     clients = [Client(port) for _ in range(CLIENTS)]
     await asyncio.gather(*(client.request("GET", "/healthz") for client in clients))
@@ -73,7 +79,7 @@ async def closed_loop(port: int, answers: int, seconds: float) -> dict[str, Any]
     begin = time.perf_counter()
 
     async def one(place: int) -> None:
-        luck, number = random.Random(place), 0
+        luck, number = random.Random(), 0
         while (sent := time.perf_counter()) < begin + seconds:
             number += 1
             statuses[await send(clients[place], thumb(luck, answers, number))] += 1
