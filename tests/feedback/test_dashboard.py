@@ -156,6 +156,17 @@ def test_an_empty_database_has_a_dashboard(api: TestClient) -> None:
     assert "No batch has been closed yet." in api.get("/dashboard").text
 
 
+def test_what_waits_is_in_the_metrics(api: TestClient, store: Store) -> None:
+    known_days(store)
+    with store.write() as connection:
+        batched(connection, days_ago(1), None)
+    told = dict(line.rsplit(" ", 1) for line in api.get("/metrics").text.splitlines() if line.startswith("thumbwheel_"))
+    assert (told["thumbwheel_opinions_waiting"], told["thumbwheel_opinions_quarantined"]) == ("0.0", "1.0")
+    assert told["thumbwheel_batches_open"] == "1.0" and told["thumbwheel_opinions_waiting_age_seconds"] == "0.0"
+    age = (datetime.now(UTC) - days_ago(1)).total_seconds()
+    assert float(told["thumbwheel_batches_open_age_seconds"]) == pytest.approx(age, abs=60)
+
+
 def test_percentiles_by_nearest_rank() -> None:
     assert middle([None, 3.0, 1.0, 2.0, None]) == (2.0, 3.0)
     assert middle([float(n) for n in range(1, 101)]) == (50.0, 95.0)
@@ -193,7 +204,7 @@ def test_the_page_shows_the_known_figures_without_scripts(visit: Any, desk: Any)
     figures = [text.split("\n") for text in tab.locator(".figures .card").all_inner_texts()]
     assert figures[0] == ["7", "opinions"] and figures[1] == ["60.0 %", "share of up", "23.1 % – 88.2 %"]
     assert figures[2] == ["5", "raters", "in 7 days"] and figures[3] == ["7", "answers", "14.3 % errors"]
-    assert figures[4] == ["200 ms", "an answer, median", "p95 300 ms, first token 20 ms"]
+    assert figures[4] == ["200 ms", "median answer", "p95 300 ms, first token 20 ms"]
     assert figures[5][:2] == ["2", "wait for a batch"] and figures[6][:2] == ["1", "in quarantine"]
     bars = tab.get_by_role("img", name="Opinions a day").locator("rect:not(.column)")
     assert bars.count() == 5  # up, down, written; up, down
@@ -249,6 +260,6 @@ def test_pictures_of_dashboard_and_moderation(visit: Any, parrot_with: Any) -> N
     folder.mkdir(parents=True, exist_ok=True)
     server = parrot_with({})
     weeks.fill(server.store)
-    for name, path in (("dashboard", "/dashboard"), ("moderation", "/moderation")):
-        tab = visit(f"{server.url}{path}", viewport={"width": 1100, "height": 860}, reduced_motion="reduce")
+    for name, height in (("dashboard", 1000), ("moderation", 860)):
+        tab = visit(f"{server.url}/{name}", viewport={"width": 1100, "height": height}, reduced_motion="reduce")
         tab.screenshot(path=str(folder / f"{name}.png"))

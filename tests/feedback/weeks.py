@@ -101,7 +101,11 @@ def fill(store: Store, days: int = 30, seed: int = 7) -> None:
                 crown(connection, days_ago(back, 7.0), models, rank)
             one_day(connection, rng, back, models[rank], raters, 0.45 + 0.16 * rank)
             if age % 6 == 5:
-                batched(connection, days_ago(back, 23.0), f"{rng.getrandbits(128):032x}" if back > 5 else None)
+                batched(
+                    connection,
+                    days_ago(back, 23.0 if back else 6.95),
+                    f"{rng.getrandbits(128):032x}" if back > 5 else None,
+                )
         held(connection, raters, models[2])
 
 
@@ -132,6 +136,8 @@ def one_day(connection: sa.Connection, rng: random.Random, back: int, model: str
         for rater in rng.sample(raters, rng.choice((0, 1, 1, 2, 3))):
             value = 1 if liked ^ (rng.random() < 0.15) else -1
             said(connection, at, id, rater, value=value, reasons=["helpful"] if value > 0 else ["off_topic"])
+            if rng.random() < 0.05:
+                said(connection, at, id, rater, retracted=True)
         if rng.random() < 0.25:
             said(connection, at, id, "simulated", value=1 if liked else -1, source="simulated")
         if rng.random() < 0.12:
