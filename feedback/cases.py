@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,6 +20,7 @@ STATES = ("waiting", "pending", "quarantined", "rejected", "accepted")
 PAGE = 20  # cases
 LOOK = 50_000  # of accepted opinions, which are most, only so many of the newest are searched
 AT_ONCE = 1000  # opinions of one rater that one act judges at most
+PART = 25  # so many in one transaction: everybody who writes waits for it
 REASONS = 1000  # opinions, the oldest that wait, whose reasons can be chosen
 
 
@@ -152,10 +153,23 @@ def reasons(connection: sa.Connection) -> list[str]:
     return sorted(filter(None, found))
 
 
+def of_rater(connection: sa.Connection, wanted: Filter) -> tuple[dict[int, int], bool]:
+    """What the filter wants of its rater, AT_ONCE opinions at most, as `judge` takes it, and whether there are more.
+
+    Raises Refused 422 when the filter names no rater.
+    """
+    if not wanted.rater:
+        raise Refused(422, "rater_required", "rater: name an opinion of the rater")
+    states = WAITING if wanted.state == "waiting" else (wanted.state,)
+    whole = replace(wanted, after=0)
+    rows = [row for state in states for row in connection.execute(query(connection, whole, state, AT_ONCE + 1))]
+    return {row.id: row.last_seq for row in rows[:AT_ONCE]}, len(rows) > AT_ONCE
+
+
 def judge(connection: sa.Connection, seen: dict[int, int], judgement: Judgement, actor: str) -> Outcome:
     """Judge opinions that stand as they were seen (number -> the event they were seen at); the others are left alone.
 
-    One transaction. Raises Refused 422 without a reason where one is needed.
+    Raises Refused 422 without a reason where one is needed.
     """
     moderation.check_reason(judgement)
     acts, changed = [], []
@@ -167,21 +181,7 @@ def judge(connection: sa.Connection, seen: dict[int, int], judgement: Judgement,
             continue
         if act:
             acts.append(act)
-    return Outcome(min(acts, default=0), max(acts, default=0), len(acts), tuple(changed))
-
-
-def judge_rater(connection: sa.Connection, wanted: Filter, judgement: Judgement, actor: str) -> Outcome:
-    """Judge what the filter wants of its rater, AT_ONCE opinions at most.
-
-    Raises Refused 422 when the filter names no rater.
-    """
-    if not wanted.rater:
-        raise Refused(422, "rater_required", "rater: name an opinion of the rater")
-    states = WAITING if wanted.state == "waiting" else (wanted.state,)
-    whole = Filter(wanted.state, wanted.kind, wanted.source, wanted.reason, wanted.rater)
-    rows = [row for state in states for row in connection.execute(query(connection, whole, state, AT_ONCE + 1))]
-    done = judge(connection, {row.id: row.last_seq for row in rows[:AT_ONCE]}, judgement, actor)
-    return Outcome(done.first, done.last, done.judged, done.changed, len(rows) > AT_ONCE)
+    return outcome(acts, changed)
 
 
 def acts(connection: sa.Connection, actor: str, first: int, last: int) -> list[Act]:
@@ -190,15 +190,26 @@ def acts(connection: sa.Connection, actor: str, first: int, last: int) -> list[A
     return [act for act in found if act.actor == actor and act.act == moderation.ACT]
 
 
-def undo(connection: sa.Connection, actor: str, first: int, last: int) -> Outcome:
-    """Give opinions the state back that they had before an actor's own acts; those that changed since are left alone."""
+def undo(connection: sa.Connection, judged: list[Act], actor: str) -> Outcome:
+    """Give opinions the state back that they had before these acts; those that changed since are left alone."""
     done, changed = [], []
-    for act in acts(connection, actor, first, last):
+    for act in judged:
         feedback_id = int(act.target.removeprefix("feedback:"))
         row = connection.execute(sa.select(feedback).where(feedback.c.id == feedback_id)).first()
         if row is None or {"state": row.moderation, "reason": row.moderation_reason} != act.after or not act.before:
             changed.append(feedback_id)
             continue
-        judgement = Judgement.model_validate(act.before)
-        done.append(moderation.set_state(connection, row, judgement, actor)[1])
-    return Outcome(min(done, default=0), max(done, default=0), len(done), tuple(changed))
+        done.append(moderation.set_state(connection, row, Judgement.model_validate(act.before), actor)[1])
+    return outcome(done, changed)
+
+
+def outcome(acts: list[int], changed: list[int]) -> Outcome:
+    """What was done, by the numbers of the audit's entries."""
+    return Outcome(min(acts, default=0), max(acts, default=0), len(acts), tuple(changed))
+
+
+def together(parts: list[Outcome], more: bool) -> Outcome:
+    """The outcomes of a judgement's parts as one."""
+    acts = [number for part in parts for number in (part.first, part.last) if number]
+    changed = tuple(id for part in parts for id in part.changed)
+    return Outcome(min(acts, default=0), max(acts, default=0), sum(part.judged for part in parts), changed, more)

@@ -40,7 +40,7 @@ RATER_DAYS = 7  # raters are told apart over so many days at most
 LATENCIES = 10_000  # answers, the newest, that percentiles are of
 MOST = 10_000  # what waits is counted up to here
 NEWEST_BATCHES = 20
-AGREE_SECONDS = 60  # agreement takes a second to resample, so for so long it stays as it is
+AGREE_SECONDS = 60  # agreement takes seconds to resample, so for so long it stays as it is
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Dashboard:
     store: Store
     daily: Daily = field(default_factory=Daily)
     turn: threading.Lock = field(default_factory=threading.Lock)
-    agreed: tuple[datetime, dict[str, Alpha]] | None = None
+    agreed: tuple[datetime, int, dict[str, Alpha]] | None = None  # when, and at which event of the log
 
     def view(self, days: int, source: str) -> View:
         """The figures of the last `days` days, today included, of opinions of `source` (a key of SOURCES)."""
@@ -178,11 +178,12 @@ class Dashboard:
             )
 
     def agreement(self, connection: sa.Connection, now: datetime) -> dict[str, Alpha]:
-        """How far people agree, at most AGREE_SECONDS old."""
+        """How far people agree; of an earlier look while that is at most AGREE_SECONDS old, or nothing was said since."""
         with self.turn:
-            if self.agreed is None or (now - self.agreed[0]).total_seconds() > AGREE_SECONDS:
-                self.agreed = (now, agreement.measure(connection))
-            return self.agreed[1]
+            newest, kept = self.daily.seen, self.agreed
+            if kept is None or (kept[1] != newest and (now - kept[0]).total_seconds() > AGREE_SECONDS):
+                kept = self.agreed = (now, newest, agreement.measure(connection))
+            return kept[2]
 
 
 def sort(kind: str, value: int) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
+import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 from pydantic import ValidationError
@@ -81,8 +82,8 @@ async def shown(request: Request, wanted: Filter, status: int = 200, **problem: 
     """The page; problem: what was wrong with a judgement, its reason and its selection."""
     found = RANGE.fullmatch(request.query_params.get("acted", ""))
     done = (int(found[1]), int(found[2])) if found else (0, 0)
-    look = partial(read, request.app.state.service.store, wanted, actor(request), done)
-    listed, more, known, acts = await asyncio.to_thread(look)
+    store = request.app.state.service.store
+    listed, more, known, acts = await asyncio.to_thread(read, store, wanted, actor(request), done)
     values = {"problem": "", "given": "", "selected": frozenset(), **problem}
     missed = [number(part) for part in request.query_params.get("missed", "").split(",") if number(part)]
     return render(
@@ -117,31 +118,47 @@ def read(store: Any, wanted: Filter, by: str, done: tuple[int, int]) -> tuple[An
 async def act(request: Request) -> Response:
     """Judge what is selected, one opinion, or all of a rater; or undo that. `do` says which."""
     form = await read_form(request)
-    wanted, writer = chosen(form), request.app.state.service.writer
+    wanted, store = chosen(form), request.app.state.service.store
     verdict, _, scope = form.get("do", "").partition(":")
     if verdict == "undo" and (found := RANGE.fullmatch(scope)):
-        first, last = int(found[1]), int(found[2])
-        outcome = await writer.put(partial(cases.undo, actor=actor(request), first=first, last=last))
-        return seen_to(wanted, outcome)
+        judged = await asyncio.to_thread(look, store, cases.acts, actor(request), int(found[1]), int(found[2]))
+        return seen_to(wanted, await in_parts(request, judged, cases.undo))
     if verdict not in VERDICTS:
         raise Refused(422, "invalid_request", f"do: one of {', '.join(VERDICTS)}, or undo:FIRST-LAST")
-    picked = selected(form, scope)
+    picked, more = selected(form, scope), False
     try:
         judgement = Judgement.model_validate({"state": verdict, "reason": form.get("reason", "").strip()})
         moderation.check_reason(judgement)
-        if not picked and scope != "rater":
-            raise Refused(422, "nothing_selected", "")
-        judge: Callable[..., Outcome]
         if scope == "rater":
-            judge = partial(cases.judge_rater, wanted=wanted)
-        else:
-            judge = partial(cases.judge, seen=picked)
-        outcome = await writer.put(partial(judge, judgement=judgement, actor=actor(request)))
+            picked, more = await asyncio.to_thread(look, store, cases.of_rater, wanted)
+        elif not picked:
+            raise Refused(422, "nothing_selected", "")
     except (Refused, ValidationError) as refusal:
         code = refusal.code if isinstance(refusal, Refused) else "reason_unusable"
         given = form.get("reason", "")[:1000]
         return await shown(request, wanted, 422, problem=code, given=given, selected=frozenset(picked))
-    return seen_to(wanted, outcome)
+
+    def judge(connection: sa.Connection, part: list[tuple[int, int]], by: str) -> Outcome:
+        return cases.judge(connection, dict(part), judgement, by)
+
+    return seen_to(wanted, await in_parts(request, list(picked.items()), judge, more))
+
+
+async def in_parts(
+    request: Request, all: list[Any], do: Callable[[sa.Connection, list[Any], str], Outcome], more: bool = False
+) -> Outcome:
+    """Do something to many opinions, PART at a time, so that others write in between."""
+    writer, by, outcomes = request.app.state.service.writer, actor(request), []
+    for start in range(0, len(all), cases.PART):
+        part = all[start : start + cases.PART]
+        outcomes.append(await writer.put(lambda connection, part=part: do(connection, part, by)))
+    return cases.together(outcomes, more)
+
+
+def look(store: Any, query: Callable[..., Any], *args: Any) -> Any:
+    """The answer to a query of a connection."""
+    with store.read() as connection:
+        return query(connection, *args)
 
 
 def selected(form: dict[str, str], scope: str) -> dict[int, int]:
@@ -168,14 +185,9 @@ async def audit_page(request: Request) -> Response:
     everything = "admin" in request.state.caller.scopes
     before = number(request.query_params.get("before"))
     act = "" if everything else moderation.ACT
-    found = await asyncio.to_thread(log, request.app.state.service.store, AUDIT_PAGE + 1, before, act)
+    store = request.app.state.service.store
+    found = await asyncio.to_thread(look, store, audit.latest, AUDIT_PAGE + 1, before, act)
     acts, more = found[:AUDIT_PAGE], len(found) > AUDIT_PAGE
     further = f"/moderation/audit?before={acts[-1].id}" if more else ""
     values: dict[str, Any] = {"acts": acts, "further": further, "everything": everything, "who": who(request)}
     return render(request, "audit.html", vocabulary="moderation", **values)
-
-
-def log(store: Any, limit: int, before: int, act: str) -> list[audit.Act]:
-    """The audit log backwards."""
-    with store.read() as connection:
-        return audit.latest(connection, limit, before, act)

@@ -121,11 +121,17 @@ def test_all_of_one_rater_are_judged_at_once(api: TestClient, store: Store, monk
     assert f'name="case-{other}"' not in page and "bot" not in re.sub("<[^>]+>", "", page).split()
     asked = {"csrf_token": fields["csrf_token"], "state": "accepted", "rater": str(mine[0]), "reason": "a bot"}
     monkeypatch.setattr(cases, "AT_ONCE", 3)
+    monkeypatch.setattr(cases, "PART", 2)  # others write in between
     first = text(api.post("/moderation", data={**asked, "do": "rejected:rater"}))
+    (back,) = re.findall(r'value="(undo:\d+-\d+)"', first)
+    api.post("/moderation", data={**asked, "do": back})
+    assert set(states(store).values()) == {("accepted", ""), ("rejected", "before")}
+    api.post("/moderation", data={**asked, "do": "rejected:rater"})
     assert "3 rejected." in first and "There are more of this rater" in first
     second = text(api.post("/moderation", data={**asked, "do": "rejected:rater"}))
     assert "2 rejected." in second and "There are more" not in second
     told = states(store)
+    assert len(acts(store)) == 11  # three, back again, three, two
     assert {told[id] for id in mine} == {("rejected", "a bot")}
     assert (told[other], told[kept]) == (("accepted", ""), ("rejected", "before"))
 
@@ -219,6 +225,14 @@ def test_a_comparison_and_a_ranking_are_shown_with_all_their_answers(api: TestCl
     ]
     page = text(api.get("/moderation"))
     assert "Clearly better" in page and "Answer · preferred" in page and "Answer · rank 3" in page
+
+
+def test_what_was_erased_is_shown_without_words_and_cannot_be_judged(api: TestClient, store: Store) -> None:
+    id = opinion(store, "ann", kind="edit", value=1, correction="my own words")
+    store.erase("ann")
+    page = text(api.get(f"/moderation?only={id}"))
+    assert "Erased" in page and "my own words" not in page and f'name="case-{id}"' not in page
+    assert text(api.get("/moderation")).count('class="card case"') == 0
 
 
 # ---------------------------------------------------------------- in a browser
