@@ -87,21 +87,14 @@ def down() -> None:
 
 
 @app.command()
-def status() -> None:
-    """Say which servers run, and where."""
-    from flows import servers
+def status(as_json: Annotated[bool, typer.Option("--json", help="everything, for programs")] = False) -> None:
+    """The whole wheel on one screen: servers, champion and its live thumbs, what waits, the gate's last word, the last run."""
+    import json
 
-    root = servers.workspace()
-    known = servers.read(root)
-    for name in servers.ALL:
-        server = known.get(name)
-        if server is None:
-            typer.echo(f"{name:8} not running")
-        elif servers.healthy(root, server):
-            typer.echo(f"{name:8} {server.url or 'running'} (pid {server.pid})")
-        else:
-            what = "does not answer" if server.alive else "died"
-            typer.echo(f"{name:8} {what}; its log: {servers.log_path(root, name)}")
+    from flows import overview, servers
+
+    found = overview.gather(servers.workspace())
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(overview.lines(found)))
 
 
 @app.command()

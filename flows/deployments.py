@@ -27,6 +27,7 @@ from prefect.states import Scheduled
 
 from flows import bell, servers
 from flows.align import align
+from flows.approve import approve
 from flows.flowrun import close_zombies
 from flows.onestage import STAGE_FLOWS
 from flows.reconcile import reconcile
@@ -57,6 +58,11 @@ def deployments() -> Iterator[RunnerDeployment]:
         reconcile,
         "Brings the mirrors back in line with the feedback database, and closes what killed processes left open.",
         interval=RECONCILE_EVERY,
+    )
+    yield _deployment(
+        approve,
+        "Asks a person whether a candidate may serve (params.yaml: approval.mode). A retraining starts it: the run waits here, "
+        "suspended; *Resume* shows the form.",
     )
     for name, flow in STAGE_FLOWS.items():
         yield _deployment(flow, f"The stage {name} of dvc.yaml alone. What it reads has to be there.", "stage")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import files
+from flows import approval, card, files
 from flows.gate import decide
 from models.checkpoint import model_hash
 
@@ -41,15 +41,17 @@ def promote_first(root: Path, store: Store, records: Records) -> dict[str, Any]:
         expected_champion=None,
     )
     mirror(store, records)
+    card.write(root, row, records, None)
     return outcome("promote", row, [row.reason])
 
 
 def promote_candidate(root: Path, store: Store, report: Mapping[str, Any], records: Records) -> dict[str, Any]:
     """Apply the gate, with the limits of params.yaml as they are now, to the judge's report.
 
-    Returns {"decision": "promote" | "keep" | "reigns", "reasons", "champion"}. A candidate that reigns already changes
-    nothing; one that was rolled back stays so. Raises ValueError for a report of another candidate, and StaleChampion (a
-    ValueError) for one against another champion than the one that reigns.
+    Returns {"decision": "promote" | "keep" | "reigns" | "wait", "reasons", "champion"}. A candidate that reigns already
+    changes nothing; one that was rolled back stays so; with approval.mode required it waits for a person's word. Raises
+    ValueError for a report of another candidate, and StaleChampion (a ValueError) for one against another champion than the
+    one that reigns.
     """
     from flows import settings
 
@@ -70,14 +72,20 @@ def promote_candidate(root: Path, store: Store, report: Mapping[str, Any], recor
     if not decision.promote or taken_back:
         mirror(store, records, challenger=candidate)
         return outcome("keep", reigning, reasons)
+    kept = keep_model(root, folder, candidate)
+    if params.approval.mode == "required":
+        question = approval.ask(root, report, decision.reasons, params.approval.hours)
+        mirror(store, records, challenger=candidate)
+        return outcome("keep" if question.word else "wait", reigning, [f"{question.text}, after the gate's promote"])
     row = store.promote(
         model_hash=candidate,
-        model_path=keep_model(root, folder, candidate),
+        model_path=kept,
         figures={**numbers(report), **origin(root, records, candidate)},
         reason=decision.checks[1].text,
         expected_champion=str(report["champion_before"]["model_hash"]),
     )
     mirror(store, records)
+    card.write(root, row, records, report)
     return outcome("promote", row, reasons)
 
 

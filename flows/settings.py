@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.json_schema import SkipJsonSchema
 
 from feedback.trust_options import TrustOptions
+from flows.approval import ApprovalOptions
 from flows.curate import CurateOptions
 from flows.files import write_text
 from flows.gate import GateOptions
@@ -98,6 +99,7 @@ class Params(BaseModel):
     kto: KTOOptions = KTOOptions()
     judge: JudgeOptions = JudgeOptions()
     gate: GateOptions = GateOptions()
+    approval: ApprovalOptions = ApprovalOptions()
     bell: BellOptions = BellOptions()
     trust: TrustOptions = TrustOptions()
     probation: ProbationOptions = ProbationOptions()

@@ -7,6 +7,7 @@ from typing import Any
 GOOD: dict[str, Any] = {
     "prompts": 400,
     "seed": 1,
+    "judges": {"thumbs_up": "a word list"},
     "sft": {"relevance": 2.0, "ended_share": 0.96},
     "champion_before": {},
     "candidate": {

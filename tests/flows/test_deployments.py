@@ -32,7 +32,7 @@ def runs_of(root: Path, deployment: str) -> list[dict[str, Any]]:
 
 def test_every_flow_and_stage_is_a_deployment_that_queues(wheel: Path) -> None:
     found = {each["name"]: each for each in api(wheel, "/deployments/filter")}
-    assert set(found) == {"align", "retrain", "reconcile", *STAGES}
+    assert set(found) == {"align", "retrain", "reconcile", "approve", *STAGES}
     for each in found.values():
         assert each["description"]
         assert each["global_concurrency_limit"]["limit"] == 1

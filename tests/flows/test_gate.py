@@ -130,7 +130,7 @@ def paths(report: dict[str, Any], folder: str = "") -> list[str]:
     return found
 
 
-READ = [p for p in paths(GOOD) if p != "seed" and "words" not in p]
+READ = [p for p in paths(GOOD) if p not in ("seed", "judges/thumbs_up") and "words" not in p]
 OPTIONAL = ("comparisons/champion_before/second_judge_gain",)  # a language that no second judge reads
 
 

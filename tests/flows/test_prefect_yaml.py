@@ -24,7 +24,7 @@ def test_prefect_takes_it_without_a_complaint() -> None:
     assert said.getvalue() == ""
     assert actions["pull"] == []  # the worker runs in the checkout
     by_name = {each["name"]: each for each in found}
-    assert set(by_name) == {"align", "retrain", "reconcile", *STAGES}
+    assert set(by_name) == {"align", "retrain", "reconcile", "approve", *STAGES}
     for name, each in by_name.items():
         assert load_flow_from_entrypoint(each["entrypoint"]).name == name
         assert each["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}

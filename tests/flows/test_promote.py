@@ -14,7 +14,7 @@ import torch
 from good_report import GOOD
 
 from feedback.store import StaleChampion, Store
-from flows import promote, settings
+from flows import approval, promote, settings
 from flows.record import MODEL, Records
 from models.checkpoint import model_hash, save_model
 from models.config import ModelConfig
@@ -93,6 +93,11 @@ def test_the_wheel_of_promotions(root: Path, store: Store, records: Records) -> 
     assert (row.from_hash, row.figures["thumbs_up_gain_low"], row.figures["win_rate"]) == (sft, 0.25, 0.65)
     assert "+0.300 [+0.250, +0.350]" in row.reason
     assert (alias(records, "champion"), alias(records, "previous")) == (ppo, sft)
+    card = (root / row.model_path / "README.md").read_text()
+    assert "| thumbs up rate | – | – | 0.800 |" in card and "| data (DVC) | 00112233.dir |" in card
+    assert "\\[+0.250, +0.350\\]" in card  # a reason is no markup
+    assert records.find_version(ppo).description in card
+    assert model_hash(root / row.model_path) == ppo
     assert json.dumps(row.figures)
 
     again = promote.promote_candidate(root, store, report(root, sft), records)
@@ -116,6 +121,40 @@ def test_the_gate_is_asked_again_with_the_limits_of_now(root: Path, store: Store
     assert len(kept["reasons"]) == 1
     assert alias(records, "challenger") == ppo
     assert not (root / promote.MODELS / ppo).exists()
+
+
+def test_with_approval_required_a_person_has_the_last_word(
+    root: Path, store: Store, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft, ppo = model_hash(root / promote.SFT), model_hash(root / CANDIDATE)
+    promote.promote_first(root, store, records)
+    settings.set_params(root, {"approval.mode": "required"})
+    started: list[str] = []
+    monkeypatch.setattr(approval, "start", lambda candidate, champion, hours: started.append(candidate))
+    waits = promote.promote_candidate(root, store, report(root, sft), records)
+    assert (waits["decision"], waits["champion"], started) == ("wait", sft, [ppo])
+    assert alias(records, "challenger") == ppo
+    shutil.rmtree(root / "artifacts/ppo/model")  # the next retraining has begun: the candidate was kept
+
+    (question,) = approval.waiting(root)
+    told = approval.carry_out(root, store, records, question, "reject", "Ann", "too long")
+    assert told == "reject by Ann: too long"
+    assert store.champion().model_hash == sft  # type: ignore[union-attr]
+    assert records.find_version(ppo).tags["thumbwheel.approval"] == told
+    shutil.copytree(root / promote.MODELS / ppo, root / "artifacts/ppo/model")
+    again = promote.promote_candidate(root, store, report(root, sft), records)
+    assert (again["decision"], started) == ("keep", [ppo])
+    assert "too long" in again["reasons"][0]
+
+    told = approval.carry_out(root, store, records, question, "promote", "", "")
+    row = store.champion()
+    assert row is not None and row.model_hash == ppo and row.figures["approval"]["comment"] == ""
+    assert model_hash(root / row.model_path) == ppo
+    assert alias(records, "champion") == ppo
+    with pytest.raises(StaleChampion):
+        stale = report(root, "f" * 64)
+        stale["candidate"]["model_hash"] = sft
+        approval.carry_out(root, store, records, approval.Question(sft, stale, ["x"], ""), "promote", "", "")
 
 
 def test_a_report_against_another_champion_is_refused(root: Path, store: Store, records: Records) -> None:
