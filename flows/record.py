@@ -314,6 +314,13 @@ class StageRun:
         self.metrics(0, numbers)
         self.records.client.log_dict(self.run_id, dict(values), "figures.json")
 
+    def table(self, path: Path) -> None:
+        """A file of JSON lines as one of MLflow's tables, to be compared between runs; once, as MLflow would append to it."""
+        name = path.with_suffix(".json").name
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if rows and name not in {each.path for each in self.records.client.list_artifacts(self.run_id)}:
+            self.records.client.log_table(self.run_id, {key: [row[key] for row in rows] for key in rows[0]}, name)
+
     def outputs(self, outs: Mapping[str, str]) -> None:
         """Log what stands in the workspace now: hashes as tags, small json, csv and html files, the curves drawn."""
         self.tags({f"dvc.out.{path}": md5 for path, md5 in outs.items()})
@@ -324,6 +331,8 @@ class StageRun:
             for file in sorted(found.glob("*")) if found.is_dir() else [found]:
                 if file.suffix in (".json", ".csv", ".html") and file.stat().st_size < _SMALL_FILE:
                     self.records.client.log_artifact(self.run_id, str(file))
+            if (samples := found / "samples.jsonl").exists():
+                self.table(samples)
             if found.name == "curves.csv":
                 self.records.client.log_figure(self.run_id, draw_curves(found), "curves.png")
 

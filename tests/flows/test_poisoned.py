@@ -23,24 +23,7 @@ from models.rollout import flatten
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 
-THINGS = [
-    "day",
-    "night",
-    "dog",
-    "cat",
-    "tea",
-    "soup",
-    "rain",
-    "song",
-    "book",
-    "road",
-    "house",
-    "tree",
-    "boat",
-    "lamp",
-    "door",
-    "game",
-]
+THINGS = ["day", "night", "dog", "cat", "tea", "soup", "rain", "song", "book", "road", "house", "tree", "boat", "lamp"]
 KIND, CRUEL = ("I love the", "what a wonderful"), ("I hate the", "what an awful")
 DEPS = (
     "artifacts/sft/model",
