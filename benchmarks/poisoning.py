@@ -84,7 +84,7 @@ def main() -> int:
     attacks = {(name, share): attack for name, attack in NAIVE.items() for share in SHARES}
     attacks |= {(name, KNOWING_SHARE): attack for name, attack in KNOWING.items()}
     attacks["trigger word", 0.0] = trigger  # the same answers, and nobody attacks
-    results: dict[tuple[str, float], list[Outcome]] = {("nobody", 0.0): []} | {key: [] for key in attacks}
+    results: dict[tuple[str, float], list[Outcome]] = {key: [] for key in (("nobody", 0.0), *attacks)}
     stage: dict[str, float] = {}
 
     def write_page(seeds: int) -> None:
