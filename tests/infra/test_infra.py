@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,31 +298,86 @@ def test_the_parts_know_these_settings() -> None:
 # -- PostgreSQL, the proxy, alerts --------------------------------------------------------------------------------
 
 
-def test_postgres_gets_its_users_and_databases(postgres_server: str) -> None:
+NAMES = ("prefect", "mlflow", "feedback")
+PASSWORD = 'it\'s "one"'
+
+
+@pytest.fixture
+def made(postgres_server: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """What postgres.sh makes: where it is, as psycopg's arguments and as an environment for PostgreSQL's programs."""
     import psycopg
 
     program("psql")
     where = psycopg.conninfo.conninfo_to_dict(postgres_server.replace("+psycopg", ""))
-    names = ("prefect", "mlflow", "feedback")
-    env = {
-        **os.environ,
-        "PGHOST": str(where["host"]),
-        "PGPORT": str(where["port"]),
-        "POSTGRES_USER": str(where["user"]),
-    }
-    env |= {f"{name.upper()}_DB_PASSWORD": 'it\'s "one"' for name in names}
+    env = {**os.environ, "PGHOST": str(where["host"]), "PGPORT": str(where["port"]), "PGUSER": str(where["user"])}
+    env |= {"POSTGRES_USER": env["PGUSER"], **{f"{name.upper()}_DB_PASSWORD": PASSWORD for name in NAMES}}
     try:
-        subprocess.run(["sh", str(INFRA / "postgres.sh")], check=True, env=env, capture_output=True)
-        for name in names:
-            with psycopg.connect(**{**where, "dbname": name, "user": name, "password": 'it\'s "one"'}) as connection:
-                connection.execute("CREATE TABLE t (a int)")
-        with pytest.raises(psycopg.OperationalError, match="permission denied"):
-            psycopg.connect(**{**where, "dbname": "prefect", "user": "feedback"})
+        make(env)
+        yield where, env
     finally:
-        with psycopg.connect(postgres_server.replace("+psycopg", ""), autocommit=True) as connection:
-            for name in names:
-                connection.execute(f"DROP DATABASE IF EXISTS {name}")
-                connection.execute(f"DROP ROLE IF EXISTS {name}")
+        drop(postgres_server)
+
+
+def make(env: dict[str, str]) -> None:
+    subprocess.run(["sh", str(INFRA / "postgres.sh")], check=True, env=env, capture_output=True)
+
+
+def drop(postgres_server: str) -> None:
+    import psycopg
+
+    with psycopg.connect(postgres_server.replace("+psycopg", ""), autocommit=True) as connection:
+        for name in NAMES:
+            connection.execute(f"DROP DATABASE IF EXISTS {name}")
+            connection.execute(f"DROP ROLE IF EXISTS {name}")
+
+
+def test_postgres_gets_its_users_and_databases(made: tuple[dict[str, Any], dict[str, str]]) -> None:
+    import psycopg
+
+    where, _ = made
+    for name in NAMES:
+        with psycopg.connect(**{**where, "dbname": name, "user": name, "password": PASSWORD}) as connection:
+            connection.execute("CREATE TABLE t (a int)")
+    with pytest.raises(psycopg.OperationalError, match="permission denied"):
+        psycopg.connect(**{**where, "dbname": "prefect", "user": "feedback"})
+
+
+def test_what_the_runbook_dumps_it_restores(
+    made: tuple[dict[str, Any], dict[str, str]], postgres_server: str, tmp_path: Path
+) -> None:
+    from feedback import keys
+    from feedback.store import Store
+
+    where, env = made
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    dump = re.search(r"(pg_dump) -U postgres (\S+) \$name", runbook)
+    restore = re.search(r"(pg_restore) -U postgres (.+) -d \$name", runbook)
+    assert dump and restore
+    url = f"postgresql+psycopg://feedback@{where['host']}:{where['port']}/feedback"
+
+    def store() -> Store:
+        opened = Store(url)
+        opened.migrate()
+        return opened
+
+    before = store()
+    with before.write() as connection:
+        keys.create(connection, "one", ["chat"], "me", None)
+    before.close()
+    saved = tmp_path / "feedback.dump"
+    with saved.open("wb") as file:
+        subprocess.run([program(dump[1]), *dump[2].split(), "feedback"], check=True, env=env, stdout=file)
+    drop(postgres_server)
+    make(env)  # as an empty volume has it
+    with saved.open("rb") as file:
+        subprocess.run([program(restore[1]), *restore[2].split(), "-d", "feedback"], check=True, env=env, stdin=file)
+    after = store()
+    try:
+        with after.write() as connection:  # the tables are its user's again
+            assert keys.create(connection, "two", ["chat"], "me", None)[0].id == 2
+            assert [key.name for key in keys.listed(connection)] == ["one", "two"]
+    finally:
+        after.close()
 
 
 def test_caddy_is_told_what_it_asks_for_and_logs_in_before_the_pages() -> None:
