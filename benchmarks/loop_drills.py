@@ -415,7 +415,7 @@ DRILLS: dict[str, Callable[[Loop], str]] = {
 
 def stop(loop: Loop, name: str) -> None:
     """End a server, and have nobody start it again."""
-    servers.stop(loop.workspace.root, ["keeper", name])
+    servers.stop(loop.workspace.root, [name, "keeper"])  # the keeper goes first
 
 
 def start(loop: Loop) -> None:

@@ -28,13 +28,12 @@ from prefect.states import Scheduled
 from flows import bell, servers
 from flows.align import align
 from flows.approve import approve
-from flows.flowrun import close_zombies
+from flows.flowrun import TAG, close_zombies
 from flows.onestage import STAGE_FLOWS
 from flows.reconcile import reconcile
 from flows.record import Records
 from flows.retrain import retrain
 
-TAG = "thumbwheel"
 RECONCILE_EVERY = timedelta(minutes=10)
 BELL_MATCH = {"prefect.resource.id": f"{bell.RESOURCE}.*"}
 # a second run waits for the first; CANCEL_NEW would lose what came meanwhile

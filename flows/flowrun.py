@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
@@ -40,7 +41,10 @@ from flows.report import publish
 from flows.stage import StageResult, run_stage
 from flows.workspace import writer
 
+TAG = "thumbwheel"  # of our deployments and their runs
 OWNER_TAG = "owner:"
+UNMARKED = timedelta(minutes=2)
+RUNNING_TASKS = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING])))
 WEEK_SECONDS = 7 * 24 * 3600.0  # a flow that trains for longer hangs
 _ARTIFACT_SECONDS = 2.0
 Result = TypeVar("Result")
@@ -91,9 +95,10 @@ def open_flow_run(
     Raises SettingsError for a parameter that is refused, WorkspaceBusyError when another process holds the workspace.
     """
     root, run_id = environment().root, str(flow_run.get_id())
+    mark(UUID(run_id))
     with writer(root, f"flow {name}"):
         records = Records(root)
-        close_zombies(records, UUID(run_id))
+        close_zombies(records)
         with _slot(root):
             params = settings.set_params(
                 root, settings.merge(settings.preset(preset) if preset else {}, overrides or {})
@@ -195,29 +200,47 @@ def _slot(root: Path) -> Iterator[None]:
         yield
 
 
-def close_zombies(records: Records, this: UUID | None = None) -> None:
-    """Runs that dead processes of this host left open: MLflow's become KILLED, Prefect's flow and task runs Crashed.
+def mark(this: UUID) -> None:
+    """Note on a flow run which process it is, so that others can tell when that is dead."""
+    with get_client(sync_client=True) as client:
+        mine = client.read_flow_run(this)
+        client.update_flow_run(this, tags=[*mine.tags, OWNER_TAG + owner()])
 
-    this: the flow run that looks, which is marked as this process's own.
-    """
+
+def close_zombies(records: Records) -> None:
+    """Runs that dead processes of this host left open: MLflow's become KILLED, Prefect's flow and task runs Crashed."""
     records.close_zombies()
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
     with get_client(sync_client=True) as client:
         for left in client.read_flow_runs(flow_run_filter=running, limit=200):
             owners = [tag.removeprefix(OWNER_TAG) for tag in left.tags if tag.startswith(OWNER_TAG)]
-            if left.id != this and owners and all(is_gone(each) for each in owners):
+            if all(is_gone(each) for each in owners) if owners else _died_unmarked(left):
                 _crash(client, left.id)
-        if this is None:
-            return
-        mine = client.read_flow_run(this)
-        client.update_flow_run(this, tags=[*mine.tags, OWNER_TAG + owner()])
+        close_tasks(client)
+
+
+def _died_unmarked(run: Any) -> bool:
+    """Whether a run of our deployments was killed before it could mark itself, which takes it seconds."""
+    since = datetime.now(UTC) - run.start_time if run.start_time else timedelta(0)
+    return TAG in run.tags and since > UNMARKED
+
+
+def close_tasks(client: SyncPrefectClient) -> None:
+    """Task runs that are open though their flow run has ended: the runner tells Prefect of a killed process's flow run alone."""
+    ended = [StateType.COMPLETED, StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+    left = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=ended))),
+        task_run_filter=RUNNING_TASKS,
+        limit=200,
+    )
+    for each in left:
+        client.set_task_run_state(each.id, Crashed(message="its flow run has ended"), force=True)
 
 
 def _crash(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     state: State[Any] = Crashed(message="its process is gone")
-    running = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=[StateType.RUNNING])))
     tasks = client.read_task_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [flow_run_id]}}), task_run_filter=running
+        flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [flow_run_id]}}), task_run_filter=RUNNING_TASKS
     )
     for each in tasks:
         client.set_task_run_state(each.id, state, force=True)

@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 from flows import probation, settings
 from flows.environment import environment
 from flows.erasure import catch_up
-from flows.flowrun import close_zombies
+from flows.flowrun import close_zombies, mark
 from flows.promote import mirror
 from flows.record import Records
 from flows.retrain import open_store
@@ -25,7 +25,8 @@ def reconcile() -> None:
     """
     root = environment().root
     records = Records(root)
-    close_zombies(records, UUID(str(flow_run.get_id())))
+    mark(UUID(str(flow_run.get_id())))
+    close_zombies(records)
     store = open_store()
     try:
         probation.watch(store, settings.load(root).probation)

@@ -64,3 +64,36 @@ def test_two_opinions_ring_the_bell_and_one_retraining_starts(wheel: Path) -> No
     assert [batch.accepted for batch in batches] == [2]
     assert len(runs_of(wheel, "retrain")) == 1
     assert f"rang for batch {batches[0].id}" in servers.log_path(wheel, "bell").read_text()
+
+
+def test_a_run_that_was_killed_before_it_marked_itself_is_closed_with_its_tasks(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datetime import timedelta
+
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import flowrun
+    from flows.record import Records
+
+    (deployment,) = api(wheel, "/deployments/filter", {"deployments": {"name": {"any_": ["judge"]}}})
+    scheduled = {"state": {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}}
+    ours = api(wheel, f"/deployments/{deployment['id']}/create_flow_run", scheduled)["id"]
+    theirs = api(wheel, "/flow_runs/", {"flow_id": deployment["flow_id"], "state": {"type": "PENDING"}})["id"]
+    for run in (ours, theirs):
+        api(wheel, f"/flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+    task = {"flow_run_id": ours, "task_key": "ppo", "dynamic_key": "0", "state": {"type": "RUNNING"}}
+    task_id = api(wheel, "/task_runs/", task)["id"]
+
+    def states() -> list[str]:
+        flows = api(wheel, "/flow_runs/filter", {"flow_runs": {"id": {"any_": [ours, theirs]}}})
+        tasks = api(wheel, "/task_runs/filter", {"task_runs": {"id": {"any_": [task_id]}}})
+        found = {each["id"]: each["state_type"] for each in [*flows, *tasks]}
+        return [found[each] for each in (ours, task_id, theirs)]
+
+    with temporary_settings({PREFECT_API_URL: servers.read(wheel)["prefect"].url + "/api"}):
+        flowrun.close_zombies(Records(wheel))
+        assert states() == ["RUNNING", "RUNNING", "RUNNING"]  # it may have begun a moment ago
+        monkeypatch.setattr(flowrun, "UNMARKED", timedelta(0))
+        flowrun.close_zombies(Records(wheel))
+    assert states() == ["CRASHED", "CRASHED", "RUNNING"]  # who is not of our deployments is let alone
