@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drills import batches, deliveries, disk, kill, latency, requests, rollback, startup
+from benchmarks.drills import batches, deliveries, disk, kill, latency, peers, requests, rollback, startup
 from benchmarks.peers import CHECKOUT
 
 FOLDER = CHECKOUT / ".thumbwheel" / "drills"
@@ -103,6 +103,13 @@ DRILLS = (
     ),
     Drill("startup", "first answer within 3 s of the start", startup.run, {"sqlite": (5,), "postgresql": (5,)}, (1,)),
     Drill("rollback", "rollback within 30 s", rollback.run, {"sqlite": (5,), "postgresql": (5,)}, (1,)),
+    Drill(
+        "peers",
+        "beside MLflow and Label Studio: no bar but the service's own, 0 lost and 1 row for K deliveries",
+        peers.run,
+        {"sqlite": (3, 10.0, 3), "postgresql": (3, 10.0, 3)},
+        (1, 2.0, 1),
+    ),
     Drill("injections", "nothing that a user writes runs", injections, {"sqlite": ()}, ()),
 )
 NAMES = [drill.name for drill in DRILLS]

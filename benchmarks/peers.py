@@ -1,4 +1,5 @@
-"""The peers' environments: TRL's three versions exclude each other, so each stands in a virtual environment of its own.
+"""The peers' environments: TRL's three versions exclude each other, so each stands in a virtual environment of its own,
+and so does Label Studio.
 
     python -m benchmarks.peers            # build all (a few hundred MB each), or those named
 
@@ -27,20 +28,21 @@ PINS: dict[str, tuple[str, ...]] = {
         *("datasets==3.6.0", "tokenizers==0.20.3", "numpy==1.26.4", "rich==13.9.4", "pyarrow==20.0.0"),
     ),
 }
+PEERS = {"label-studio": ("label-studio==1.23.2",)}  # of the feedback service: benchmarks.drills.peers
 
 
 def python_of(name: str, folder: Path = FOLDER) -> Path:
     """The interpreter of a peer's environment, built first if it is absent or was built from other pins."""
     home = folder / name
     stamp = home / "pins.txt"
-    pins = "\n".join(PINS[name]) + "\n"
+    pins = "\n".join({**PINS, **PEERS}[name]) + "\n"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != pins:
         shutil.rmtree(home, ignore_errors=True)
         uv = [sys.executable, "-m", "uv"]
         interpreter = ["--python", str(home / "bin" / "python")]
         subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(home)], check=True)
         install = [*uv, "pip", "install", "-q", "--compile-bytecode", *find_links(), *interpreter]
-        subprocess.run([*install, *PINS[name]], check=True)
+        subprocess.run([*install, *{**PINS, **PEERS}[name]], check=True)
         stamp.write_text(pins, encoding="utf-8")
     return home / "bin" / "python"
 
@@ -55,8 +57,10 @@ def find_links() -> list[str]:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[[], *PINS], metavar="NAME", help=", ".join(PINS))
-    for name in parser.parse_args().names or PINS:
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *PINS, *PEERS], metavar="NAME", help=", ".join((*PINS, *PEERS))
+    )
+    for name in parser.parse_args().names or (*PINS, *PEERS):
         print(f"{name}: {python_of(name)}")
     return 0
 

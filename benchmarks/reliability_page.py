@@ -134,6 +134,65 @@ SHOWN: dict[str, Callable[[Record], str]] = {
 }
 
 
+BESIDE = """## Beside others
+
+`python -m benchmarks.feedback_drills --only peers`: the same thumbs, each with words of its own, go to this service and to
+others in the same run and on the same kind of database, in turns (A B A B), by the same client: {writers} writers, each with
+a kept connection, send the next when the one before is answered. Medians of the rounds; "ours / it" is this service's
+thumbs a second over theirs. Each stands as it comes: one process of ours; `mlflow server` with its four workers (its scoring
+jobs are off) and the request that `mlflow.log_feedback` makes, on traces made before; `label-studio start` (Django's
+development server, SQLite alone was tried) and annotations of tasks. Then the server's whole process group, and PostgreSQL
+with it, is killed by SIGKILL under the same writers: `lost` were acknowledged and are not in the database, which is read by
+SQL. Last, one thumb is sent three times as it is, and three times with the key by which an API knows a request again. No
+loss of power was tried, and no accounts: this service and MLflow ran without keys, Label Studio with its token.
+
+Argilla was not measured: its server needs Elasticsearch or OpenSearch besides Redis, and neither comes from PyPI or Debian."""
+
+
+def beside(records: Mapping[tuple[str, str], Record]) -> str:
+    """The section about others; empty when nothing was measured."""
+    found = [record for (drill, _), record in records.items() if drill == "peers" and "error" not in record]
+    if not found:
+        return ""
+    heads = [
+        "database",
+        "system",
+        "thumbs/s",
+        "of its",
+        "p50 ms",
+        "p99 ms",
+        "SIGKILL",
+        "three deliveries",
+        "its own client",
+    ]
+    rows = [
+        [r["database"], f"{name} {s['version']}", *compared(r["systems"], s)]
+        for r in found
+        for name, s in r["systems"].items()
+    ]
+    notes = [f"{name} on {r['database']}: not measured, {why}." for r in found for name, why in r["absent"].items()]
+    when = [f"{r['database']}: {r['time'][:16]} UTC, load {r['load_before']:g} before, rounds × seconds × kills: "
+            f"{' × '.join(f'{amount:g}' for amount in r['amounts'])}." for r in found]  # fmt: skip
+    return "\n\n".join([BESIDE.format(writers=found[0]["writers"]), table(heads, rows), " ".join([*when, *notes])])
+
+
+def compared(systems: Mapping[str, Record], s: Record) -> list[str]:
+    """The figures of one system, for beside's table."""
+    ratio = next(iter(systems.values()))["median_per_second"] / s["median_per_second"]
+    own = s.get("own_client")
+    wrong = {status: number for status, number in s["statuses"].items() if status not in ("200", "201", "broken")}
+    copies = [f"{how}: {c['rows']} rows" if c else f"{how}: it has none" for how, c in s["copies"].items()]
+    return [
+        f"**{s['median_per_second']:g}**" + "".join(f", {number} × {status}" for status, number in wrong.items()),
+        f"{ratio:.2f}",
+        f"{s['p50_ms']:g}",
+        f"{s['p99_ms']:g}",
+        f"{s['kills']} kills, {s['acknowledged_under_kills']:,} acknowledged under them, {s['lost']} lost",
+        "; ".join(copies),
+        f"{own['per_second']:g}/s, p99 {own['p99_ms']:g} ms" if own else "",
+    ]
+
+
 def newest(lines: Iterable[str]) -> dict[tuple[str, str], Record]:
     """The last record of each drill and kind of database."""
     records = [json.loads(line) for line in lines]
@@ -152,12 +211,16 @@ def page(records: Mapping[tuple[str, str], Record]) -> str:
             f"{r['time'][:16]}, load {r['load_before']:g}, {r['seconds']:.0f} s",
         ]
         for drill in DRILLS
+        if drill.name in SHOWN  # what peers are beside it stands in a section of its own
         for kind in drill.amounts
         if (r := records.get((drill.name, kind)))
     ]
     heads = ["promise", "drill", "database", "seen", "kept", "when (UTC)"]
     machine = next(iter(records.values()))["machine"] if records else "no machine yet"
-    return "\n\n".join([HEAD, f"Measured on: {machine}.", table(heads, rows), TAIL]) + "\n"
+    return (
+        "\n\n".join([HEAD, f"Measured on: {machine}.", table(heads, rows), *filter(None, [beside(records)]), TAIL])
+        + "\n"
+    )
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import feedback_drills, reliability_page
+from benchmarks.drills import peers
 from benchmarks.drills.load import figures
 from benchmarks.drills.services import percentile, seed_answers
 from benchmarks.drills.writers import Acknowledged, Ledger, audit
@@ -85,3 +86,48 @@ def test_the_page_tells_the_newest_record_and_what_was_missed() -> None:
     text = reliability_page.page(reliability_page.newest(map(json.dumps, (old, new, broken))))
     assert "5 rollbacks, the slowest took **0.5 s** | yes |" in text and "31" not in text
     assert "| OSError: initdb | no: ran |" in text
+
+
+def test_the_page_sets_peers_beside_it_and_claims_nothing_of_what_was_not_measured() -> None:
+    system = {
+        "version": "1",
+        "median_per_second": 300.0,
+        "p50_ms": 12.5,
+        "p99_ms": 40.0,
+        "statuses": {"201": 900, "broken": 4},
+        "kills": 3,
+        "acknowledged_under_kills": 600,
+        "lost": 0,
+        "copies": {"plain": {"answers": [201, 200, 200], "rows": 1}, "with its key": None},
+    }
+    slow = {
+        **system,
+        "median_per_second": 20.0,
+        "statuses": {"200": 60, "500": 2},
+        "own_client": system | {"per_second": 9.5},
+    }
+    record = {
+        "drill": "peers",
+        "database": "sqlite",
+        "time": "2026-11-24T10:00:00+00:00",
+        "load_before": 0.5,
+        "seconds": 9,
+        "machine": "m",
+        "amounts": [3, 10.0, 3],
+        "writers": 4,
+        "missed": [],
+        "systems": {"thumbwheel": system, "MLflow": slow},
+        "absent": {"Label Studio": "it ended"},
+    }
+    text = reliability_page.page({("peers", "sqlite"): record})
+    assert (
+        "| sqlite | thumbwheel 1 | **300** | 1.00 | 12.5 | 40 | 3 kills, 600 acknowledged under them, 0 lost |" in text
+    )
+    assert "| **20**, 2 × 500 | 15.00 |" in text and "plain: 1 rows; with its key: it has none" in text
+    assert "Label Studio on sqlite: not measured, it ended." in text and "| 9.5/s, p99 40 ms |" in text
+    failed = {**record, "error": "OSError: no", "missed": ["ran"]}
+    assert "Beside others" not in reliability_page.page({("peers", "sqlite"): failed})
+
+
+def test_what_thumbs_say_is_found_in_any_row() -> None:
+    assert peers.spoken([f'{{"a": "{peers.words(17)}"}}', peers.words(12345)]) == [peers.words(17), peers.words(12345)]
