@@ -158,7 +158,7 @@ def beside(records: Mapping[tuple[str, str], Record]) -> str:
         "database",
         "system",
         "thumbs/s",
-        "of its",
+        "ours / it",
         "p50 ms",
         "p99 ms",
         "SIGKILL",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import feedback_drills, reliability_page
-from benchmarks.drills import peers
+from benchmarks.drills import systems
 from benchmarks.drills.load import figures
 from benchmarks.drills.services import percentile, seed_answers
 from benchmarks.drills.writers import Acknowledged, Ledger, audit
@@ -130,4 +130,7 @@ def test_the_page_sets_peers_beside_it_and_claims_nothing_of_what_was_not_measur
 
 
 def test_what_thumbs_say_is_found_in_any_row() -> None:
-    assert peers.spoken([f'{{"a": "{peers.words(17)}"}}', peers.words(12345)]) == [peers.words(17), peers.words(12345)]
+    assert systems.spoken([f'{{"a": "{systems.words(17)}"}}', systems.words(12345)]) == [
+        systems.words(17),
+        systems.words(12345),
+    ]
