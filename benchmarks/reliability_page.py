@@ -140,13 +140,15 @@ BESIDE = """## Beside others
 others in the same run and on the same kind of database, in turns (A B A B), by the same client: {writers} writers, each with
 a kept connection, send the next when the one before is answered. Medians of the rounds; "ours / it" is this service's
 thumbs a second over theirs. Each stands as it comes: one process of ours; `mlflow server` with its four workers (its scoring
-jobs are off) and the request that `mlflow.log_feedback` makes, on traces made before; `label-studio start` (Django's
-development server, SQLite alone was tried) and annotations of tasks. Then the server's whole process group, and PostgreSQL
-with it, is killed by SIGKILL under the same writers: `lost` were acknowledged and are not in the database, which is read by
-SQL. Last, one thumb is sent three times as it is, and three times with the key by which an API knows a request again. No
-loss of power was tried, and no accounts: this service and MLflow ran without keys, Label Studio with its token.
+jobs are off) and the request that `mlflow.log_feedback` makes, on traces made before; `label-studio start` (its own way
+of serving, Django's development server; tried on SQLite alone) and annotations of tasks. Then the server's whole process
+group, and PostgreSQL with it, is killed by SIGKILL under the same writers: `lost` were acknowledged and are not in the
+database, which is read by SQL. Last, one thumb is sent three times as it is, and three times with the key by which an API
+knows a request again. No loss of power was tried, and no accounts: this service and MLflow ran without keys, Label Studio
+with its token.
 
-Argilla was not measured: its server needs Elasticsearch or OpenSearch besides Redis, and neither comes from PyPI or Debian."""
+Argilla was not measured: as its documentation says its server needs Elasticsearch or OpenSearch besides Redis, and neither
+comes from PyPI or Debian."""
 
 
 def beside(records: Mapping[tuple[str, str], Record]) -> str:
@@ -181,13 +183,13 @@ def compared(systems: Mapping[str, Record], s: Record) -> list[str]:
     ratio = next(iter(systems.values()))["median_per_second"] / s["median_per_second"]
     own = s.get("own_client")
     wrong = {status: number for status, number in s["statuses"].items() if status not in ("200", "201", "broken")}
-    copies = [f"{how}: {c['rows']} rows" if c else f"{how}: it has none" for how, c in s["copies"].items()]
+    copies = [f"{how}, rows made: {c['rows']}" if c else f"{how}: it has none" for how, c in s["copies"].items()]
     return [
         f"**{s['median_per_second']:g}**" + "".join(f", {number} × {status}" for status, number in wrong.items()),
         f"{ratio:.2f}",
         f"{s['p50_ms']:g}",
         f"{s['p99_ms']:g}",
-        f"{s['kills']} kills, {s['acknowledged_under_kills']:,} acknowledged under them, {s['lost']} lost",
+        f"kills: {s['kills']}, {s['acknowledged_under_kills']:,} acknowledged under them, {s['lost']} lost",
         "; ".join(copies),
         f"{own['per_second']:g}/s, p99 {own['p99_ms']:g} ms" if own else "",
     ]

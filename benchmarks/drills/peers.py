@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import statistics
 import subprocess
 import time
@@ -83,8 +84,7 @@ async def kill(system: System, seen: Seen, seconds: float, database: Sqlite | Po
 
     await asyncio.gather(strike(), write(system, seen, lambda: running))
     if isinstance(database, Postgres):
-        database.process.kill()
-        database.process.wait()
+        await asyncio.to_thread(database.kill, True, random.Random())
         database.start()
         database.wait()
     system.start()

@@ -121,9 +121,9 @@ def test_the_page_sets_peers_beside_it_and_claims_nothing_of_what_was_not_measur
     }
     text = reliability_page.page({("peers", "sqlite"): record})
     assert (
-        "| sqlite | thumbwheel 1 | **300** | 1.00 | 12.5 | 40 | 3 kills, 600 acknowledged under them, 0 lost |" in text
+        "| sqlite | thumbwheel 1 | **300** | 1.00 | 12.5 | 40 | kills: 3, 600 acknowledged under them, 0 lost |" in text
     )
-    assert "| **20**, 2 × 500 | 15.00 |" in text and "plain: 1 rows; with its key: it has none" in text
+    assert "| **20**, 2 × 500 | 15.00 |" in text and "plain, rows made: 1; with its key: it has none" in text
     assert "Label Studio on sqlite: not measured, it ended." in text and "| 9.5/s, p99 40 ms |" in text
     failed = {**record, "error": "OSError: no", "missed": ["ran"]}
     assert "Beside others" not in reliability_page.page({("peers", "sqlite"): failed})
