@@ -147,7 +147,7 @@ database, which is read by SQL. Last, one thumb is sent three times as it is, an
 knows a request again. No loss of power was tried, and no accounts: this service and MLflow ran without keys, Label Studio
 with its token.
 
-Argilla was not measured: as its documentation says its server needs Elasticsearch or OpenSearch besides Redis, and neither
+Argilla was not measured: as its documentation says, its server needs Elasticsearch or OpenSearch besides Redis, and neither
 comes from PyPI or Debian."""
 
 
