@@ -232,6 +232,7 @@ class LabelStudio(Process):
         command += ["--data-dir", str(folder), "--internal-host", "127.0.0.1", "--port", str(self.port)]
         command += ["--username", "drill@example.org", "--password", secrets.token_hex(8), "--user-token", token]
         quiet = {"COLLECT_ANALYTICS": "false", "LATEST_VERSION_CHECK": "false", "SENTRY_DSN": "", "LOG_LEVEL": "ERROR"}
+        quiet["LABEL_STUDIO_BASE_DATA_DIR"] = str(folder)  # else it makes empty folders in the home first
         super().__init__(command, folder, quiet, f"http://127.0.0.1:{self.port}/health")
 
     async def prepare(self) -> None:
