@@ -42,6 +42,9 @@ def report_path(root: Path) -> Path:
 
 def show(root: Path, console: Console) -> None:
     """The judge's table, the gate's decision with its reasons, and the answers side by side."""
+    if not report_path(root).exists():
+        console.print("Nothing was judged yet: nobody has rated an answer. `make up`, chat, vote.", highlight=False)
+        return
     report = json.loads(report_path(root).read_text(encoding="utf-8"))
     console.print()
     console.print(judge_table(report))
