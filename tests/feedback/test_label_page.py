@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from injections import INJECTIONS, harmless
+from playwright.sync_api import expect
 
 from feedback import labelling
 from feedback.tables import AssignmentRow, FeedbackRow
@@ -225,7 +226,7 @@ def test_a_gold_task_looks_exactly_like_another(visit: Any, service: Any, make_t
         assert "gold" not in told[-1].text() and "expected" not in told[-1].text()
         page.get_by_label("The order is right as it stands").check()
         page.locator("#submit").click()
-        page.wait_for_function("text => document.getElementById('progress').textContent !== text", arg=progress)
+        expect(page.locator("#progress")).not_to_have_text(progress)
     assert looks[True] == looks[False] and answers[True] == answers[False]
 
 
@@ -291,6 +292,6 @@ def test_nothing_that_people_or_models_write_runs(
         page.locator("#comment").fill(INJECTIONS[0])
         harmless(page, service.url)
         page.locator("#submit").click()
-        page.wait_for_function("text => document.getElementById('progress').textContent !== text", arg=before)
+        expect(page.locator("#progress")).not_to_have_text(before)
     page.locator("#nothing").wait_for()
     harmless(page, service.url)

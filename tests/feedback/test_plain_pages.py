@@ -106,6 +106,7 @@ def test_ones_own_data_is_shown_downloaded_and_withdrawn_without_scripts(visit: 
     mine.get_by_label("I want all of it to be erased").check()
     mine.get_by_role("button", name="Withdraw everything").click()
     mine.get_by_text("Everything was withdrawn.").wait_for()
+    mine.wait_for_load_state()  # the page's script, which forgets the conversation, has run
     mine.goto(parrot.url)
     assert mine.locator(".turn").count() == 0  # nor does the tab keep it
     assert mine.complaints == []

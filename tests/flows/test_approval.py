@@ -68,6 +68,10 @@ def resume(root: Path, run: dict[str, Any], **said: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("THUMBWHEEL_DRILLS"),
+    reason="THUMBWHEEL_DRILLS asks for it: on a busy machine the runner takes minutes to come back after Prefect's kill",
+)
 def test_a_person_approves_after_a_restart_of_prefect(wheel: Path) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

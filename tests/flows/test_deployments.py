@@ -19,7 +19,12 @@ pytestmark = pytest.mark.slow
 
 def api(root: Path, path: str, body: dict[str, Any] | None = None) -> Any:
     """Ask the workspace's Prefect server."""
-    answer = httpx.post(servers.read(root)["prefect"].url + "/api" + path, json=body or {}, trust_env=False, timeout=30)
+    url = servers.read(root)["prefect"].url + "/api" + path
+    for _ in range(10):
+        answer = httpx.post(url, json=body or {}, trust_env=False, timeout=30)
+        if answer.status_code != 503:  # its SQLite was busy: Prefect's own client asks again too
+            break
+        time.sleep(1)
     answer.raise_for_status()
     return answer.json()
 
