@@ -33,6 +33,7 @@ TESTED = ("human_user",)  # simulated raters and judging models are the operator
 PRIOR_RIGHT, PRIOR_WRONG = 8.0, 2.0
 ROUNDS = 25
 CHUNK = 500
+TRUST = sa.update(feedback).where(feedback.c.id == sa.bindparam("of")).values(trust=sa.bindparam("to"))
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,12 @@ def review(connection: sa.Connection, options: TrustOptions, *, act: bool = True
     if not act:
         return Review(found)
     raters = {rater.subject: rater for rater in found}
+    tested = [(row, raters[row.subject]) for row in rows if row.source in TESTED]
+    changed = [{"of": row.id, "to": rater.trust} for row, rater in tested if abs(row.trust - rater.trust) > 0.005]
+    if changed:  # in one call: others wait for the write lock
+        connection.execute(TRUST, changed)
     quarantined = 0
-    for row in rows:
-        if row.source not in TESTED:
-            continue
-        rater = raters[row.subject]
-        if abs(row.trust - rater.trust) > 0.005:
-            connection.execute(sa.update(feedback).where(feedback.c.id == row.id).values(trust=rater.trust))
+    for row, rater in tested:
         if rater.why and row.moderation == "accepted" and row.last_seq > cleared.get(row.subject, 0):
             opinions.moderate(connection, row.id, "quarantined", rater.why)
             quarantined += 1
@@ -203,13 +203,12 @@ def examine(
     """
     rows = list(rows)
     mine = [row for row in rows if row.source in TESTED]
-    said = [each for row in mine for each in agreement.judgements(row)]
-    heard = [each for row in mine if row.moderation == "accepted" for each in agreement.judgements(row)]
-    units = by_unit(heard)
+    said = [(each, row.moderation) for row in mine for each in agreement.judgements(row)]
+    units = by_unit(each for each, moderation in said if moderation == "accepted")
     accuracy = accuracies(units, known)
     priors = shares_of_up(units)
     numbers, by_rater = Counter(row.subject for row in mine), defaultdict(list)
-    for each in said:
+    for each, _ in said:
         by_rater[each.rater].append(each)
     rushed = bursts(mine, cleared, options.max_per_minute)
     raters = []
