@@ -7,7 +7,6 @@ Where the server's programs are not installed, the tests that need it are skippe
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -25,38 +24,17 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def postgres_program(name: str) -> str | None:
-    """Path of one of PostgreSQL's programs, wherever the system keeps it, or None."""
-    found = shutil.which(name)
-    if found:
-        return found
-    kept = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[-3]))
-    return str(kept[-1]) if kept else None
-
-
-def unprivileged() -> tuple[list[str], int, int]:
-    """(command prefix, user id, group id) to run PostgreSQL as."""
-    if os.geteuid() != 0:
-        return [], os.geteuid(), os.getegid()
-    for name in ("postgres", "nobody"):
-        try:
-            user = pwd.getpwnam(name)
-        except KeyError:
-            continue
-        prefix = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--"]
-        return prefix, user.pw_uid, user.pw_gid
-    pytest.skip("PostgreSQL refuses to run as root, and there is neither a user postgres nor nobody")
-
-
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """URL of the maintenance database of a PostgreSQL server of our own, on loopback, without durability."""
-    initdb, postgres = postgres_program("initdb"), postgres_program("postgres")
-    if not (initdb and postgres):
-        pytest.skip("PostgreSQL is not installed (apt-get install postgresql): its tests do NOT run here")
     import psycopg
 
-    prefix, uid, gid = unprivileged()
+    from benchmarks.drills.databases import program, unprivileged
+
+    try:
+        initdb, postgres, (prefix, uid, gid) = program("initdb"), program("postgres"), unprivileged()
+    except OSError as error:
+        pytest.skip(f"{error}: PostgreSQL's tests do NOT run here")
     root = Path(tempfile.mkdtemp(prefix="thumbwheel-postgres-"))
     os.chown(root, uid, gid)
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": str(root)}
